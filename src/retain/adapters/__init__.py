@@ -1,0 +1,1 @@
+"""Adapter kinds, the bank that holds them, and the PEFT format on disk."""

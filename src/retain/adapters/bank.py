@@ -1,0 +1,219 @@
+"""The adapter bank: everything that trains lives here, by name, and a `Mix` says how much each name counts.
+
+The bank knows *sites* (modules it put around frozen layers: LoRA on a linear layer, a dense delta on the projector,
+later prompts and experts) and *adapters* (one set of tensors per name across all sites). A `Mix` with a number per
+adapter is one model; a `Mix` with a (B,) tensor per adapter routes every sample of the batch on its own, at the price
+of one pair of matrix products. No method touches a site; no site knows a method.
+"""
+
+# B batch, T tokens, K active adapters, I images of the batch
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import Parameter
+
+from retain.types import RetainError
+
+Weight = float | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """How much each adapter counts: a number, or one number per sample (B,). `by_layer` overrides single layers."""
+
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+    by_layer: Mapping[int, Mapping[str, Weight]] = field(default_factory=dict)
+
+    def at(self, layer: int | None) -> Mapping[str, Weight]:
+        """The weights that hold at a layer (None: a site outside the layers, such as the projector)."""
+        return self.weights if layer is None else self.by_layer.get(layer, self.weights)
+
+    def select(self, rows_B: Tensor) -> Mix:
+        """The same mix for some samples of the batch, in the given order."""
+
+        def pick(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+            return {k: w[rows_B.to(w.device)] if isinstance(w, Tensor) and w.ndim else w for k, w in weights.items()}
+
+        return Mix(pick(self.weights), {layer: pick(w) for layer, w in self.by_layer.items()})
+
+    @property
+    def names(self) -> list[str]:
+        """Every adapter that the mix mentions."""
+        return sorted({n for w in (self.weights, *self.by_layer.values()) for n in w})
+
+    def to_json(self) -> dict[str, object]:
+        """Plain numbers, for the run folder. A per-sample mix belongs to one batch and cannot be stored."""
+        for weights in (self.weights, *self.by_layer.values()):
+            for name, w in weights.items():
+                if isinstance(w, Tensor) and w.ndim:
+                    raise ValueError(f"the mix of {name!r} is per sample; only numbers are stored")
+        plain = {k: float(w) for k, w in self.weights.items()}
+        return {"weights": plain, "by_layer": {str(i): {k: float(w) for k, w in m.items()} for i, m in self.by_layer.items()}}
+
+    @staticmethod
+    def from_json(data: Mapping[str, object]) -> Mix:
+        """The inverse of `to_json`."""
+        weights, layers = data["weights"], data.get("by_layer", {})
+        assert isinstance(weights, Mapping) and isinstance(layers, Mapping)
+        return Mix(dict(weights), {int(i): dict(w) for i, w in layers.items()})
+
+
+class Site(Protocol):
+    """A module of ours around a frozen layer. It holds its tensors per adapter name and reads the bank's mix."""
+
+    layer: int | None
+    group: str  # "lora", "projector", …: which learning rate applies
+
+    def create(self, name: str, rng: Generator | None) -> None: ...
+    def remove(self, name: str) -> None: ...
+    def tensors(self, name: str) -> dict[str, Parameter]: ...
+
+
+class AdapterBank:
+    """Adapters by name over a fixed set of sites.
+
+    `signature` describes the shapes (rank, targets, base model) so that a foreign adapter is refused by name.
+    """
+
+    def __init__(self, sites: Mapping[str, Site], signature: Mapping[str, object]) -> None:
+        self.sites = dict(sites)
+        self.signature = dict(signature)
+        self.names: list[str] = []
+        self.mix = Mix()
+        self.image_row_I: Tensor | None = None  # sample of each image, set by the model around a forward
+        self.image_tokens_I: Tensor | None = None  # tokens of each image where a family flattens them
+        self._dropped: tuple[Tensor, Tensor] | None = None
+
+    # -- adapters -------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, rng: Generator | None = None, *, like: str | None = None) -> None:
+        """A fresh adapter (it changes no logit: B is zero), or a copy of the adapter `like`."""
+        if not re.fullmatch(r"[\w-]+", name):
+            raise RetainError(f"adapter name {name!r}: use letters, digits, '_' and '-' only")
+        if name in self.names:
+            raise RetainError(f"adapter {name!r} exists already; the bank holds {self.names}")
+        if like is not None:
+            self._known(like)
+        for site in self.sites.values():
+            site.create(name, rng)
+        self.names.append(name)
+        if like is not None:
+            self.load(name, self.state(like))
+        self.freeze(name)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; it may not be part of the current mix."""
+        self._known(name)
+        if name in self.mix.names:
+            raise RetainError(f"adapter {name!r} is in use by the current mix")
+        for site in self.sites.values():
+            site.remove(name)
+        self.names.remove(name)
+
+    def parameters(self, name: str) -> dict[str, Parameter]:
+        """The live tensors of one adapter, `site.tensor` to Parameter, in the order of the sites."""
+        self._known(name)
+        return {f"{path}.{key}": p for path, site in self.sites.items() for key, p in site.tensors(name).items()}
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """A detached copy of one adapter."""
+        return {key: p.detach().clone() for key, p in self.parameters(name).items()}
+
+    def load(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Overwrite an adapter. Missing, extra and misshapen tensors are an error that names them."""
+        own = self.parameters(name)
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or extra:
+            raise RetainError(
+                f"adapter {name!r} does not fit this model: {len(missing)} tensors missing (first {missing[:2]}), "
+                f"{len(extra)} unknown (first {extra[:2]})"
+            )
+        for key, p in own.items():
+            if p.shape != state[key].shape:
+                raise RetainError(
+                    f"adapter {name!r}, tensor {key}: shape {tuple(state[key].shape)}, this model needs {tuple(p.shape)}"
+                )
+        with torch.no_grad():
+            for key, p in own.items():
+                p.copy_(state[key])
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def freeze(self, *names: str) -> None:
+        """No gradient for these adapters."""
+        for name in names:
+            for p in self.parameters(name).values():
+                p.requires_grad_(False)
+                p.grad = None
+
+    def train_only(self, *names: str) -> None:
+        """Gradients for exactly these adapters."""
+        self.freeze(*self.names)
+        for name in names:
+            for p in self.parameters(name).values():
+                p.requires_grad_(True)
+
+    def trainable(self) -> dict[str, Parameter]:
+        """Every tensor that has a gradient, as `adapter/site.tensor`, in a fixed order."""
+        return {
+            f"{name}/{key}": p for name in self.names for key, p in self.parameters(name).items() if p.requires_grad
+        }
+
+    def group(self, key: str) -> str:
+        """The learning-rate group ("lora", "projector", …) of a key that `trainable` gave."""
+        return self.sites[key.split("/", 1)[-1].rsplit(".", 1)[0]].group
+
+    # -- mixing ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def using(self, mix: Mix) -> Iterator[None]:
+        """Another mix for the length of a `with` block."""
+        unknown = [n for n in mix.names if n not in self.names]
+        if unknown:
+            raise RetainError(f"the mix names {unknown}, but the bank holds {self.names}")
+        before, self.mix = self.mix, mix
+        try:
+            yield
+        finally:
+            self.mix = before
+
+    @contextmanager
+    def images(self, row_I: Tensor, tokens_I: Tensor | None = None) -> Iterator[None]:
+        """Tell sites in front of the language model which sample each image, or flat image token, belongs to."""
+        before = self.image_row_I, self.image_tokens_I
+        self.image_row_I, self.image_tokens_I = row_I, tokens_I
+        try:
+            yield
+        finally:
+            self.image_row_I, self.image_tokens_I = before
+            self._dropped = None
+
+    def spread(self, w: Tensor, x: Tensor, *, visual: bool) -> Tensor:
+        """A weight per sample (B,) as a factor that broadcasts against `x` (…, D) at a text or an image site."""
+        if visual and self.image_row_I is not None:
+            w = w[self.image_row_I.to(w.device)]
+            if self.image_tokens_I is not None and x.shape[0] != len(w):
+                w = w.repeat_interleave(self.image_tokens_I.to(w.device))
+            elif len(w) and x.shape[0] != len(w) and x.shape[0] % len(w) == 0:
+                w = w.repeat_interleave(x.shape[0] // len(w))
+        if x.shape[0] != len(w):
+            raise RetainError(f"a mix for {len(w)} samples met an input of shape {tuple(x.shape)}")
+        return w.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+    def dropped(self, x: Tensor, p: float) -> Tensor:
+        """Dropout of a block's input, drawn once for all linear layers that read the same tensor (q, k, v; gate, up)."""
+        if self._dropped is None or self._dropped[0] is not x:
+            self._dropped = (x, nn.functional.dropout(x, p, training=True))
+        return self._dropped[1]
+
+    def _known(self, name: str) -> None:
+        if name not in self.names:
+            raise RetainError(f"no adapter {name!r}; the bank holds {self.names}")

@@ -1,0 +1,1 @@
+"""Benchmarks by name: each gives one Stream."""

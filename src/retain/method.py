@@ -1,0 +1,291 @@
+"""A method is a set of hooks; a stack of methods is a method. This is the loop with its hooks:
+
+    for task in method.stages(stream):                      # usually the stream itself; multi-task joins it
+        bank.mix = method.adapt(ctx)                        # ONE owner    grow or choose adapters; what is on
+        method.begin_task(ctx)                              # list order   snapshot, teacher, anchor
+        examples = method.data(ctx, task.train)             # pipeline     replay, selection, rewriting
+        for batch in batches(examples):
+            out = model(batch)
+            loss = out.loss + method.loss(ctx, batch, out)  # sum          a named term, logged
+            loss.backward()
+            method.grads(ctx)                               # list order   projection, before the step
+            optimizer.step()
+            method.after_step(ctx)                          # list order   EMA, re-projection; .grad is still there
+        method.end_task(ctx)                                # list order   Fisher, merge, buffer, prototypes
+    at inference: mix = method.route(ctx, batch)            # ONE owner    per sample; None: the mix as it is
+
+Fields with `init=True` are hyper-parameters, fields with `init=False` are saved state; a method has no other
+attribute. Hooks return what they contribute; they write their own fields and the bank, nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Generator, Tensor
+
+from retain.adapters.bank import Mix
+from retain.models.base import Model
+from retain.stream import Stream, Task
+from retain.types import Batch, Conflict, Examples, Output, RetainError
+
+FULL_GRADS = "full_grads"  # reads whole .grad tensors before or after the step
+FULL_PARAMS = "full_params"  # reads or writes whole adapter tensors during training
+
+
+def _silent(**_: Any) -> None: ...
+
+
+@dataclass
+class Context:
+    """What hooks may read. Only the trainer writes it.
+
+    `seen` are the names of the tasks learned before this one; `step` counts optimizer steps of this task from 0.
+    """
+
+    model: Model
+    task: Task
+    stream: Stream
+    seen: list[str]
+    seed: int
+    log: Callable[..., None] = _silent
+    step: int = 0
+    n_steps: int = 0
+    batch_size: int = 16
+
+    def rng(self, who: str) -> Generator:
+        """A fresh generator from (seed, task, who): nothing is shared, so switching a part off leaves others as they are."""
+        text = f"{self.seed}/{self.task.name}/{who}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1)
+
+
+OWNED = ("adapt", "route", "stages")
+
+
+@dataclass
+class Method:
+    """The base: every hook does nothing. Override what your method changes."""
+
+    name: ClassVar[str] = "method"
+    about: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def stages(self, stream: Stream) -> Sequence[Task]:
+        """What is trained on, in order. ONE owner. Default: the stream's tasks; joint training returns one task."""
+        return stream.tasks
+
+    def adapt(self, ctx: Context) -> Mix:
+        """Grow or choose adapters, decide which train, return which are on. ONE owner in a stack."""
+        raise RetainError(f"{self.name!r} does not own `adapt`: put `lora`, `lora_per_task` or another owner before it")
+
+    def begin_task(self, ctx: Context) -> None:
+        """Before the first step: snapshots, teachers, anchors."""
+
+    def data(self, ctx: Context, examples: Examples) -> Examples:
+        """The examples to train on."""
+        return examples
+
+    def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | float:
+        """A term added to the mean answer loss of the micro-batch; 0 for none."""
+        return 0.0
+
+    def grads(self, ctx: Context) -> None:
+        """After backward (full step, reduced over processes, clipped), before the optimizer's step."""
+
+    def after_step(self, ctx: Context) -> None:
+        """After the optimizer's step; `.grad` still holds this step's gradient."""
+
+    def end_task(self, ctx: Context) -> None:
+        """After the last step and before evaluation and saving."""
+
+    def route(self, ctx: Context, batch: Batch) -> Mix | None:
+        """At inference: how much each adapter counts for each sample; None keeps the bank's mix. ONE owner."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fields with `init=False`: tensors, numbers, strings, examples, and lists and dicts of them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.init}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse; a key too few or too many is an error."""
+        own = {f.name for f in fields(self) if not f.init}
+        if own != set(state):
+            raise RetainError(f"state of {self.name!r}: has {sorted(state)}, needs {sorted(own)}")
+        for key, value in state.items():
+            setattr(self, key, value)
+
+    def reset(self) -> None:
+        """All state as at the start of a run."""
+        for f in fields(self):
+            if not f.init:
+                setattr(self, f.name, f.default_factory() if f.default_factory is not MISSING else f.default)
+
+    def config(self) -> dict[str, Any]:
+        """The hyper-parameters, as the recipe writes them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def owns(self, hook: str) -> list[str]:
+        """Names of the parts that override a hook."""
+        return [self.name] if getattr(type(self), hook) is not getattr(Method, hook) else []
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The simple methods that this one consists of."""
+        return (self,)
+
+
+@dataclass(init=False)
+class Stack(Method):
+    """Methods in order, as one method. Stacks nest; two owners of one hook raise `Conflict` by name."""
+
+    name: ClassVar[str] = "stack"
+    members: tuple[Method, ...] = ()
+
+    def __init__(self, *parts: Method) -> None:
+        self.members = tuple(parts)
+        for hook in OWNED:
+            owners = self.owns(hook)
+            if len(owners) > 1:
+                raise Conflict(f"{hook}: one part may define it, but {owners} do")
+
+    def _owner(self, hook: str) -> Method:
+        return next((m for m in self.members if m.owns(hook)), Method())
+
+    def owns(self, hook: str) -> list[str]:
+        return [name for m in self.members for name in m.owns(hook)]
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return tuple(p for m in self.members for p in m.parts)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset().union(*(m.needs for m in self.members)) if self.members else frozenset()
+
+    def stages(self, stream: Stream) -> Sequence[Task]:
+        return self._owner("stages").stages(stream)
+
+    def adapt(self, ctx: Context) -> Mix:
+        return self._owner("adapt").adapt(ctx)
+
+    def begin_task(self, ctx: Context) -> None:
+        for m in self.members:
+            m.begin_task(ctx)
+
+    def data(self, ctx: Context, examples: Examples) -> Examples:
+        for m in self.members:
+            examples = m.data(ctx, examples)
+        return examples
+
+    def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | float:
+        total: Tensor | float = 0.0
+        for m in self.members:
+            total = total + m.loss(ctx, batch, out)
+        return total
+
+    def grads(self, ctx: Context) -> None:
+        for m in self.members:
+            m.grads(ctx)
+
+    def after_step(self, ctx: Context) -> None:
+        for m in self.members:
+            m.after_step(ctx)
+
+    def end_task(self, ctx: Context) -> None:
+        for m in self.members:
+            m.end_task(ctx)
+
+    def route(self, ctx: Context, batch: Batch) -> Mix | None:
+        return self._owner("route").route(ctx, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {f"{i}.{m.name}": m.state_dict() for i, m in enumerate(self.members)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        own = [f"{i}.{m.name}" for i, m in enumerate(self.members)]
+        if sorted(own) != sorted(state):
+            raise RetainError(f"state of a stack: has {sorted(state)}, needs {sorted(own)}")
+        for key, m in zip(own, self.members, strict=True):
+            m.load_state_dict(state[key])
+
+    def reset(self) -> None:
+        for m in self.members:
+            m.reset()
+
+    def config(self) -> dict[str, Any]:
+        return {f"{i}.{m.name}": m.config() for i, m in enumerate(self.members)}
+
+
+# -- registry ---------------------------------------------------------------------------------------------------------
+
+REGISTRY: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Class decorator: the method can be named in recipes. Third parties use it, or the entry point `retain.methods`."""
+    taken = REGISTRY.get(cls.name)
+    if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise RetainError(f"a method named {cls.name!r} is registered already, by {taken.__module__}")
+    REGISTRY[cls.name] = cls
+    return cls
+
+
+def available() -> dict[str, type[Method]]:
+    """Every registered method by name: ours, and those of installed packages (entry point group `retain.methods`)."""
+    import retain.methods  # noqa: F401, PLC0415  registers ours
+
+    for point in entry_points(group="retain.methods"):
+        if point.name not in REGISTRY:
+            register(point.load())
+    return dict(sorted(REGISTRY.items()))
+
+
+def build(spec: str | Mapping[str, Any] | Sequence[Any], where: str = "method") -> Method:
+    """A recipe's `method:` as a Method: a name, `{name: {field: value}}`, or a list of those (a stack)."""
+    if isinstance(spec, str):
+        spec = {spec: {}}
+    if isinstance(spec, Mapping):
+        if len(spec) != 1:
+            raise RetainError(f"{where}: one method name per entry, got {sorted(map(str, spec))}")
+        name, options = next(iter(spec.items()))
+        return _one(str(name), options or {}, where)
+    if isinstance(spec, Sequence):
+        parts = [build(s, f"{where}[{i}]") for i, s in enumerate(spec)]
+        return parts[0] if len(parts) == 1 else Stack(*parts)
+    raise RetainError(f"{where}: a name, a mapping or a list is needed, not {spec!r}")
+
+
+def _one(name: str, options: Mapping[str, Any], where: str) -> Method:
+    known = available()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RetainError(f"{where}: no method {name!r}{hint} Choose from {list(known)}")
+    cls = known[name]
+    if not isinstance(options, Mapping):
+        raise RetainError(f"{where}.{name}: fields as a mapping are needed, not {options!r}")
+    choices = [f.name for f in fields(cls) if f.init]
+    for key, value in options.items():
+        if key not in choices:
+            near = difflib.get_close_matches(str(key), choices, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise RetainError(f"{where}.{name}: no field {key!r}{hint} Choose from {choices}")
+        default = next(f.default for f in fields(cls) if f.name == key)
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        wrong_bool = isinstance(value, bool) and not isinstance(default, bool)
+        if default is not MISSING and default is not None and (wrong_bool or not isinstance(value, kinds)):
+            raise RetainError(f"{where}.{name}.{key}: {value!r} is no {type(default).__name__} (default {default!r})")
+    return cls(**options)
+
+
+__all__ = [
+    "FULL_GRADS", "FULL_PARAMS", "REGISTRY", "Context", "Method", "Stack", "available", "build", "field", "register",
+]  # fmt: skip

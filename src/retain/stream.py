@@ -1,0 +1,83 @@
+"""What is learned, in which order, and how it is scored.
+
+A `Stream` is a sequence of `Task`s with a name. `Score` is a protocol so that a scorer is any function with a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from retain.types import Example, Examples, RetainError, digest
+
+
+@runtime_checkable
+class Score(Protocol):
+    """A scorer: predictions and their examples in, one number in 0..100 per sample out, in order."""
+
+    name: str
+    formula: str
+
+    def __call__(self, predictions: Sequence[str], examples: Sequence[Example]) -> list[float]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One task. `valid` is for choosing anything at all; `test` is only ever scored."""
+
+    name: str
+    train: Examples
+    test: Examples
+    score: Score
+    max_new_tokens: int = 32
+    valid: Examples = ()
+    compat: Score | None = None  # the released scorer, quirks included, printed beside `score`
+    about: str = ""
+    meta: dict[str, object] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Hash of everything that decides a score: train and test examples, scorer, length."""
+        return digest([self.name, list(self.train), list(self.test), self.score.name, self.max_new_tokens])
+
+
+@dataclass(frozen=True, eq=False)
+class Stream(Sequence[Task]):
+    """Tasks in the order they are learned. `unseen` tasks are evaluated in every row but never trained on."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    unseen: tuple[Task, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [t.name for t in self.all]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise RetainError(f"stream {self.name!r}: task names must differ, but {twice} appear twice")
+        if not self.tasks:
+            raise RetainError(f"stream {self.name!r} has no task")
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence's overloads add nothing here
+        return self.tasks[index]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    @property
+    def all(self) -> tuple[Task, ...]:
+        """Every task that is evaluated: the learned ones, then the unseen ones."""
+        return self.tasks + self.unseen
+
+    def named(self, name: str) -> Task:
+        """The task of that name; an error that lists the choices otherwise."""
+        for task in self.all:
+            if task.name == name:
+                return task
+        raise RetainError(f"stream {self.name!r} has no task {name!r}; choose from {[t.name for t in self.all]}")
+
+    def ordered(self, names: Sequence[str]) -> Stream:
+        """The same stream with its tasks in another order (a subset is allowed)."""
+        return Stream(self.name, tuple(self.named(n) for n in names), self.unseen)
