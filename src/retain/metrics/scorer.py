@@ -1,0 +1,64 @@
+"""What a scorer is: a function over predictions and examples that carries a name and a formula.
+
+Strict scorers never give a point to an empty answer; compat scorers replicate released code and may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from retain.types import Example, RetainError
+
+Judge = Callable[[str, Example], float]
+"""One prediction and its example in, a share in 0..1 out."""
+
+Batch = Callable[[Sequence[str], Sequence[Example]], list[float]]
+"""All predictions and examples in, one number per sample out."""
+
+
+@dataclass(eq=False)  # not frozen: the Score protocol declares writable attributes
+class Scorer:
+    """A `retain.stream.Score`. `batch` does the work; `strict` says that an empty answer gets 0 before it is asked."""
+
+    name: str
+    formula: str
+    batch: Batch
+    strict: bool = True
+
+    def __call__(self, predictions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """One number per sample, in order, 0..100 (`cider` and `compat_caption`: see their formulas).
+
+        A prediction of None counts as "" (missing = wrong). Raises RetainError when the two lengths differ.
+        """
+        if len(predictions) != len(examples):
+            raise RetainError(
+                f"score {self.name!r}: {len(predictions)} predictions for {len(examples)} examples; "
+                "give one prediction per example, in order ('' where the model gave none)"
+            )
+        texts = [p or "" for p in predictions]
+        values = self.batch(texts, examples)
+        if self.strict:
+            return [v if t.strip() else 0.0 for v, t in zip(values, texts, strict=True)]
+        return values
+
+
+def per_sample(name: str, formula: str, *, strict: bool = True) -> Callable[[Judge], Scorer]:
+    """Turn a judge (0..1 for one sample) into a Scorer (0..100 for many)."""
+
+    def wrap(judge: Judge) -> Scorer:
+        def batch(texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
+            return [100.0 * float(judge(t, e)) for t, e in zip(texts, examples, strict=True)]
+
+        return Scorer(name, formula, batch, strict)
+
+    return wrap
+
+
+def per_corpus(name: str, formula: str, *, strict: bool = True) -> Callable[[Batch], Scorer]:
+    """Turn a function over the whole test set into a Scorer; for scores that need corpus statistics."""
+
+    def wrap(batch: Batch) -> Scorer:
+        return Scorer(name, formula, batch, strict)
+
+    return wrap
