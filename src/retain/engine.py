@@ -1,0 +1,103 @@
+"""Where the loop runs: one process, or several under `accelerate launch` or `torchrun`, each with a copy of the model.
+
+Adapters are small, so the engine sums their gradients itself in one flat all-reduce per step and the frozen base is
+never wrapped. Sharded engines (FSDP, DeepSpeed ZeRO) hide whole gradients and parameters from the methods; they are
+refused by name at the start instead of being worked around in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from retain.method import FULL_GRADS, FULL_PARAMS, Method
+from retain.types import RetainError
+
+OFFERS = {
+    "single": frozenset({FULL_GRADS, FULL_PARAMS}),
+    "ddp": frozenset({FULL_GRADS, FULL_PARAMS}),
+    "fsdp": frozenset[str](),
+    "deepspeed": frozenset[str](),
+}
+
+
+@dataclass
+class Engine:
+    """Rank, world size and the few collectives that the loop needs. `Engine.start()` reads the launcher's settings."""
+
+    name: str = "single"
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @staticmethod
+    def start(device: str = "auto") -> Engine:
+        """The engine that the launcher set up; without a launcher one process."""
+        if "WORLD_SIZE" not in os.environ:
+            chosen = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+            return Engine(device=torch.device(chosen))
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        name = "ddp" if state.num_processes > 1 else "single"
+        for kind in ("FSDP", "DEEPSPEED"):
+            if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in {"1", "true"}:
+                name = kind.lower()
+        return Engine(name, state.process_index, state.num_processes, state.device)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and progress."""
+        return self.rank == 0
+
+    def check(self, method: Method) -> None:
+        """Refuse, by name and before anything is trained, what this engine cannot give."""
+        for part in method.parts:
+            lacking = sorted(part.needs - OFFERS[self.name])
+            if lacking:
+                able = [n for n, offer in OFFERS.items() if part.needs <= offer]
+                raise RetainError(f"method {part.name!r} needs {lacking}, which engine {self.name!r} hides; use {able}")
+        if self.name in {"fsdp", "deepspeed"}:
+            raise RetainError(
+                f"engine {self.name!r} shards the base model, which retain does not drive; "
+                f"use data-parallel processes (accelerate launch --multi_gpu) or one process"
+            )
+
+    def total(self, *numbers: float) -> list[float]:
+        """Sums over processes, exact for whole numbers up to 2^53."""
+        if self.world == 1:
+            return list(numbers)
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(values)
+        return [float(v) for v in values.tolist()]
+
+    def sum_grads(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """One flat all-reduce of every gradient. A parameter without a gradient on any process stays without."""
+        if self.world == 1 or not parameters:
+            return
+        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
+        dist.all_reduce(has)
+        live = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
+        if not live:
+            return
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in live])
+        dist.all_reduce(flat)
+        for p, part in zip(live, flat.split([p.numel() for p in live]), strict=True):
+            p.grad = part.view_as(p)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The same object of every process, in rank order."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, value)
+        return out
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()

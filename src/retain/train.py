@@ -1,0 +1,262 @@
+"""fit(): one task. The loop that `retain.method` draws, on one screen, and the choices it needs (`Optim`).
+
+A step is `batch_size` samples over all processes and micro-batches. Every micro-batch counts by its share of the
+step's answer tokens, so neither accumulation nor the number of processes changes the loss that is minimised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from retain.engine import Engine
+from retain.method import Context, Method
+from retain.models.base import Model
+from retain.types import Examples, RetainError
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How one task is trained: AdamW with linear warm-up and a cosine (or constant) learning rate.
+
+    `steps` fixes the number of optimizer steps per task; otherwise `epochs` does. `batch_size` is samples per step, all
+    processes and `accumulate` micro-batches together. `projector_lr` None means `lr`. `max_grad_norm` 0 is off.
+    The warm-up counts from zero as in transformers: with `warmup` > 0 the first step has learning rate 0.
+    """
+
+    lr: float = 2e-4
+    projector_lr: float | None = None
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 16
+    accumulate: int = 1
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_grad_norm: float = 0.0
+    precision: str = "fp32"
+    grad_checkpointing: bool = False
+    group_by_length: bool = True
+    checkpoint_every: int = 0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "epochs", "batch_size", "accumulate", "log_every"):
+            if not getattr(self, name) > 0:
+                raise RetainError(f"optim.{name}: must be above 0, not {getattr(self, name)!r}")
+        for name in ("projector_lr", "steps", "weight_decay", "max_grad_norm", "warmup", "checkpoint_every"):
+            if (getattr(self, name) or 0) < 0:
+                raise RetainError(f"optim.{name}: must not be negative, is {getattr(self, name)!r}")
+        if self.batch_size % self.accumulate:
+            raise RetainError(f"optim.accumulate: {self.accumulate} does not divide batch_size {self.batch_size}")
+        for name, choices in (("schedule", ("cosine", "constant")), ("precision", ("fp32", "bf16"))):
+            if getattr(self, name) not in choices:
+                raise RetainError(f"optim.{name}: {getattr(self, name)!r} is none of {list(choices)}")
+
+    def n_steps(self, n_examples: int) -> int:
+        """Optimizer steps for a task of that many examples."""
+        return self.steps if self.steps is not None else math.ceil(n_examples * self.epochs / self.batch_size)
+
+    def rate(self, step: int, n_steps: int) -> float:
+        """The factor on the learning rate at a step, counted from 0."""
+        warm = math.ceil(self.warmup * n_steps)
+        if step < warm:
+            return step / warm
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, n_steps - warm)))
+
+
+@dataclass
+class FitStats:
+    """What training one task took. `tokens` counts input tokens, image tokens included."""
+
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    last_loss: float = math.nan
+
+
+class Checkpoints(Protocol):
+    """Where `fit` leaves its state every `checkpoint_every` steps; `retain.store` gives one."""
+
+    def load(self) -> dict[str, Any] | None: ...
+    def save(self, state: dict[str, Any]) -> None: ...
+
+
+def fit(
+    model: Model,
+    method: Method,
+    ctx: Context,
+    optim: Optim,
+    engine: Engine | None = None,
+    checkpoints: Checkpoints | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> FitStats:
+    """Train one task (`ctx.task`), hooks included, and leave the model with the method's mix switched on.
+
+    With `checkpoints` it continues after the last one, bit for bit as if nothing had happened: the hooks that come
+    before the first step run again (they draw from `ctx.rng` only), then the saved state replaces theirs.
+    """
+    engine, bank = engine or Engine(), model.adapters
+    ctx.step, ctx.batch_size = 0, optim.batch_size
+    bank.mix = method.adapt(ctx)
+    method.begin_task(ctx)
+    examples = method.data(ctx, ctx.task.train)
+    ctx.n_steps = n_steps = optim.n_steps(len(examples))
+    if not len(examples) or not n_steps:
+        raise RetainError(f"task {ctx.task.name!r}: nothing to train on ({len(examples)} examples, {n_steps} steps)")
+    weights = bank.trainable()
+    parameters = list(weights.values())
+    if not parameters:
+        raise RetainError(f"task {ctx.task.name!r}: method {method.name!r} trains no adapter")
+    optimizer = make_optimizer(model, optim)
+    order = batches(model, examples, ctx, optim, n_steps)
+    stats, losses = FitStats(), []
+    saved = checkpoints.load() if checkpoints else None
+    if saved is not None:
+        stats = _restore(saved, model, method, optimizer)
+    started = time.perf_counter() - stats.seconds
+    model.train(True)
+    with _grad_checkpointing(model, optim.grad_checkpointing):
+        for step in range(stats.steps, n_steps):
+            ctx.step = step
+            torch.manual_seed(_step_seed(ctx, engine.rank))  # dropout: owned by the step, so a resume needs no state
+            optimizer.zero_grad(set_to_none=True)  # here, not at the end: after_step reads .grad
+            rows = order[step][engine.rank :: engine.world]
+            micros = [model.collate([examples[i] for i in part], answers=True) for part in _split(rows, optim, engine)]
+            n_answer, n_tokens = engine.total(sum(b.n_answer for b in micros), sum(_tokens(b.inputs) for b in micros))
+            loss = torch.zeros((), device=model.device)
+            for batch in micros:
+                with autocast(model, optim.precision):
+                    out = model(batch)
+                    term = method.loss(ctx, batch, out)
+                share = batch.n_answer / n_answer
+                ((out.loss + term) * share).backward()  # type: ignore[no-untyped-call]
+                loss += out.loss.detach() * share
+            engine.sum_grads(parameters)
+            if optim.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm)
+            method.grads(ctx)
+            for group in optimizer.param_groups:
+                group["lr"] = group["top_lr"] * optim.rate(step, n_steps)
+            optimizer.step()
+            method.after_step(ctx)
+            losses.append(loss)
+            stats.steps, stats.samples, stats.tokens = step + 1, stats.samples + len(order[step]), stats.tokens + int(n_tokens)
+            last = step + 1 == n_steps
+            if last or (step + 1) % optim.log_every == 0:
+                stats.last_loss = _flush(losses, ctx, engine, optimizer)
+                on_step(step + 1, stats.last_loss)
+            if checkpoints and not last and optim.checkpoint_every and (step + 1) % optim.checkpoint_every == 0:
+                stats.seconds = time.perf_counter() - started
+                checkpoints.save(_snapshot(stats, model, method, optimizer))
+    model.train(False)
+    optimizer.zero_grad(set_to_none=True)
+    method.end_task(ctx)
+    stats.seconds = time.perf_counter() - started
+    return stats
+
+
+def make_optimizer(model: Model, optim: Optim) -> torch.optim.Optimizer:
+    """AdamW over the trainable adapter tensors, one group per learning rate; `top_lr` is what the schedule scales."""
+    groups: dict[str, list[Tensor]] = {}
+    for key, p in model.adapters.trainable().items():
+        groups.setdefault(model.adapters.group(key), []).append(p)
+    rates = {"projector": optim.lr if optim.projector_lr is None else optim.projector_lr}
+    return torch.optim.AdamW(
+        [{"params": ps, "lr": 0.0, "top_lr": rates.get(name, optim.lr), "name": name} for name, ps in groups.items()],
+        betas=(optim.beta1, optim.beta2),
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+
+
+def batches(model: Model, examples: Examples, ctx: Context, optim: Optim, n_steps: int) -> list[list[int]]:
+    """The rows of every step, decided before the first: epochs one after another, each in its own random order.
+
+    With `group_by_length`, samples of similar length meet in one batch (sorted within runs of 8 batches, then the
+    batches are shuffled), which saves padding.
+    """
+    rng, n, size = ctx.rng("order"), len(examples), optim.batch_size
+    total = n_steps * size if optim.steps is not None else min(n_steps * size, math.ceil(n * optim.epochs))
+    stream: list[int] = []
+    while len(stream) < total:
+        stream += torch.randperm(n, generator=rng).tolist()
+    stream = stream[:total]
+    if not optim.group_by_length:
+        return [stream[i : i + size] for i in range(0, total, size)]
+    out: list[list[int]] = []
+    for start in range(0, total, 8 * size):
+        run = sorted(stream[start : start + 8 * size], key=lambda i: model.length(examples[i]))
+        chunk = [run[i : i + size] for i in range(0, len(run), size)]
+        out += [chunk[i] for i in torch.randperm(len(chunk), generator=rng).tolist()]
+    return out
+
+
+def autocast(model: Model, precision: str) -> AbstractContextManager[Any]:
+    """bf16 autocast on the model's device, or nothing."""
+    return torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def _grad_checkpointing(model: Model, on: bool) -> AbstractContextManager[Any]:
+    if not on:
+        return nullcontext()
+    switch: AbstractContextManager[Any] = model.gradient_checkpointing()  # type: ignore[attr-defined]
+    return switch
+
+
+def _split(rows: list[int], optim: Optim, engine: Engine) -> Iterator[list[int]]:
+    size = max(1, math.ceil(optim.batch_size / optim.accumulate / engine.world))
+    return (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def _tokens(inputs: Any) -> int:
+    mask = inputs.get("attention_mask")
+    return int(mask.sum()) if mask is not None else int(inputs["input_ids"].numel())
+
+
+def _step_seed(ctx: Context, rank: int) -> int:
+    text = f"{ctx.seed}/{ctx.task.name}/dropout/{ctx.step}/{rank}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
+
+
+def _flush(losses: list[Tensor], ctx: Context, engine: Engine, optimizer: torch.optim.Optimizer) -> float:
+    """Log the losses gathered since the last flush: the only host sync of the loop."""
+    local = torch.stack(losses).tolist()
+    losses.clear()
+    values = engine.total(*local)
+    if not all(map(math.isfinite, values)):
+        bad = ctx.step + 1 - len(values) + next(i for i, v in enumerate(values) if not math.isfinite(v))
+        raise RetainError(f"task {ctx.task.name!r}: the loss is not finite at step {bad}; lower optim.lr or check the data")
+    rates = {str(g["name"]): g["lr"] for g in optimizer.param_groups}
+    first = ctx.step + 1 - len(values)
+    ctx.log(kind="step", task=ctx.task.name, step=ctx.step + 1, loss=values[-1], losses=values, first=first, lr=rates)
+    return values[-1]
+
+
+def _snapshot(stats: FitStats, model: Model, method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    states = {name: model.adapters.state(name) for name in model.adapters.names}
+    slots = [{k: v for k, v in optimizer.state[p].items()} for g in optimizer.param_groups for p in g["params"]]
+    return {"stats": asdict(stats), "adapters": states, "method": method.state_dict(), "optimizer": slots}
+
+
+def _restore(saved: dict[str, Any], model: Model, method: Method, optimizer: torch.optim.Optimizer) -> FitStats:
+    for name, state in saved["adapters"].items():
+        model.adapters.load(name, state)
+    method.load_state_dict(saved["method"])
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    for p, slot in zip(parameters, saved["optimizer"], strict=True):
+        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in slot.items()}
+    return FitStats(**saved["stats"])
