@@ -1,15 +1,16 @@
 """Caption metrics in plain Python: BLEU-1..4, ROUGE-L, CIDEr-D.
 
-CIDEr-D: Vedantam et al., CVPR 2015 (arXiv 1411.5726); BLEU: Papineni et al., ACL 2002; ROUGE-L: Lin, 2004. The
-arithmetic is that of the COCO caption suite (Chen et al. 2015, arXiv 1504.00325), so that scores compare.
+CIDEr-D: Vedantam et al., CVPR 2015 (arXiv 1411.5726); BLEU: Papineni et al., ACL 2002; ROUGE-L: Lin, 2004.
+The arithmetic is that of the COCO caption suite (Chen et al. 2015, arXiv 1504.00325), so that scores compare.
 
-    CIDEr-D(c, S) = 10/4 sum_n mean_{s in S} exp(-(l_c - l_s)^2 / (2 * 6^2)) * <min(g_c, g_s), g_s> / (|g_c| |g_s|)
-    g(w) = count(w) * (log N - log max(1, df(w)))        df: images whose references hold the n-gram w, N images
+    CIDEr-D(c, S) = 10/4 sum_n mean_{s in S} p(c, s) <min(g_c, g_s), g_s> / (|g_c| |g_s|) p(c, s)       =
+    exp(-(l_c - l_s)^2 / (2 * 6^2))            the penalty on a difference in length g(w)          = count(w)
+    * (log N - log max(1, df(w)))     df: images with the n-gram w in a reference, of N
 
-What differs from the suite: the tokenizer. The suite runs Stanford's PTB tokenizer in Java; ours is one regular
-expression (lower case, words, n't and 's split off, punctuation dropped). On plain captions they agree; they differ on
-abbreviations ("U.S."), on hyphen chains with digits, on currency signs and on "cannot". METEOR needs Java and WordNet
-and is left out.
+What differs from the suite: the tokenizer. The suite runs Stanford's PTB tokenizer in Java; ours is one
+regular expression (lower case, words, n't and 's split off, punctuation dropped). On plain captions they
+agree; they differ on abbreviations ("U.S."), on hyphen chains with digits, on currency signs and on "cannot".
+METEOR needs Java and WordNet and is left out.
 
 Everything here is in the papers' units (0..1; CIDEr-D 0..10); `scores.py` scales.
 """
@@ -42,7 +43,7 @@ def ngrams(tokens: Sequence[str], orders: int = ORDERS) -> Counts:
     return Counter(tuple(tokens[i : i + n]) for n in range(1, orders + 1) for i in range(len(tokens) - n + 1))
 
 
-# --------------------------------------------------------------------------------------------------------- CIDEr-D
+# ---------------------------------------------------------------------------------------------------- CIDEr-D
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class DocumentFrequency:
 
 @dataclass(frozen=True)
 class _Vector:
-    """tf-idf of one caption by n-gram order, its norms, and its length in bigrams (as the suite counts it)."""
+    """tf-idf of one caption by n-gram order, its norms, and its length in bigrams (as the suite counts)."""
 
     by_order: tuple[dict[Gram, float], ...]
     norms: tuple[float, ...]
@@ -88,7 +89,9 @@ def _vector(caption: str, df: DocumentFrequency) -> _Vector:
 def _similarity(hypothesis: _Vector, reference: _Vector) -> float:
     """Mean over n of the clipped cosine times the length penalty: 0..1."""
     total = 0.0
-    for h, r, nh, nr in zip(hypothesis.by_order, reference.by_order, hypothesis.norms, reference.norms, strict=True):
+    for h, r, nh, nr in zip(
+        hypothesis.by_order, reference.by_order, hypothesis.norms, reference.norms, strict=True
+    ):
         if nh > 0 and nr > 0:
             total += sum(min(v, r[g]) * r[g] for g, v in h.items() if g in r) / (nh * nr)
     return total / ORDERS * math.exp(-((hypothesis.length - reference.length) ** 2) / (2 * SIGMA**2))
@@ -99,24 +102,26 @@ def cider_d(
 ) -> list[float]:
     """CIDEr-D of each caption, 0..10; the corpus score is the mean.
 
-    `df` defaults to the frequencies of `references`, so give the whole test set at once: a sample's score depends
-    on the corpus. Captions under four words have no 4-grams and cannot reach 10 (as in the suite). n-grams that every
-    image has weigh nothing.
+    `df` defaults to the frequencies of `references`, so give the whole test set at once: a sample's score
+    depends on the corpus. Captions under four words have no 4-grams and cannot reach 10 (as in the suite).
+    n-grams that every image has weigh nothing.
     """
     df = df or DocumentFrequency.of(references)
     out = []
     for prediction, captions in zip(predictions, references, strict=True):
         h = _vector(prediction, df)
-        out.append(10.0 * sum(_similarity(h, _vector(c, df)) for c in captions) / len(captions) if captions else 0.0)
+        out.append(
+            10.0 * sum(_similarity(h, _vector(c, df)) for c in captions) / len(captions) if captions else 0.0
+        )
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------ BLEU
+# ------------------------------------------------------------------------------------------------------- BLEU
 
 
 @dataclass(frozen=True)
 class BleuCounts:
-    """Sufficient statistics of BLEU: clipped matches and guesses by order, lengths. They add up over samples."""
+    """Sufficient statistics of BLEU: clipped matches and guesses by order, lengths; they add up."""
 
     matches: tuple[int, ...]
     guesses: tuple[int, ...]
@@ -133,7 +138,7 @@ class BleuCounts:
 
 
 def bleu_counts(prediction: str, references: Sequence[str]) -> BleuCounts:
-    """Clipped n-gram matches of one caption, and the reference length closest to its own (ties: the shorter)."""
+    """Clipped n-gram matches of one caption, and the closest reference length (ties: the shorter)."""
     tokens = tokenize(prediction)
     sets = [tokenize(r) for r in references]
     most: Counts = Counter()
@@ -150,7 +155,8 @@ def bleu_counts(prediction: str, references: Sequence[str]) -> BleuCounts:
 def bleu_of(counts: BleuCounts, order: int, *, smooth: bool = False) -> float:
     """BLEU from counts: exp(min(0, 1 - r/c)) * (prod_{n<=order} m_n / g_n)^(1/order), 0..1.
 
-    `smooth` adds one to matches and guesses for n > 1 (Lin and Och, COLING 2004), which a single sentence needs.
+    `smooth` adds one to matches and guesses for n > 1 (Lin and Och, COLING 2004), which a single sentence
+    needs.
     """
     if counts.length == 0 or counts.matches[0] == 0:
         return 0.0
@@ -165,14 +171,14 @@ def bleu_of(counts: BleuCounts, order: int, *, smooth: bool = False) -> float:
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Corpus BLEU-1..4, 0..1: counts are summed over the corpus before the ratio (not a mean over samples)."""
+    """Corpus BLEU-1..4, 0..1: counts are summed over the corpus first (not a mean over samples)."""
     total = BleuCounts((0,) * ORDERS, (0,) * ORDERS, 0, 0)
     for prediction, captions in zip(predictions, references, strict=True):
         total = total + bleu_counts(prediction, captions)
     return [bleu_of(total, order) for order in range(1, ORDERS + 1)]
 
 
-# --------------------------------------------------------------------------------------------------------- ROUGE-L
+# ---------------------------------------------------------------------------------------------------- ROUGE-L
 
 
 def lcs(a: Sequence[str], b: Sequence[str]) -> int:
@@ -203,7 +209,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
 
 def suite(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """The corpus numbers of the COCO suite without METEOR, each x100: BLEU-1..4, ROUGE-L, CIDEr-D, and their mean."""
+    """The COCO suite without METEOR, x100: BLEU-1..4, ROUGE-L, CIDEr-D of the corpus, and their mean."""
     out = {f"BLEU-{i}": 100 * value for i, value in enumerate(bleu(predictions, references), 1)}
     n = max(1, len(predictions))
     out["ROUGE-L"] = 100 * sum(rouge_l(p, r) for p, r in zip(predictions, references, strict=True)) / n

@@ -1,12 +1,14 @@
 """The scorers that papers released, quirks included, so that a number can be compared with a published one.
 
 CoIN: https://github.com/zackschen/CoIN (ETrain/Eval/LLaVA/CoIN); FCIT (DISCO) and HiDe-LLaVA (UCIT):
-https://github.com/Ghy0501/FCIT, https://github.com/Ghy0501/HiDe-LLaVA; MLLM-DCL: https://github.com/Ghy0501/MCITlib.
-Written from their behaviour; no code is taken over. Each docstring lists what is odd about the original.
+https://github.com/Ghy0501/FCIT, https://github.com/Ghy0501/HiDe-LLaVA; MLLM-DCL:
+https://github.com/Ghy0501/MCITlib. Written from their behaviour; no code is taken over. Each docstring lists
+what is odd about the original.
 
-Not replicated, as one prediction per example is required here: CoIN's ImageNet scorer and the caption scorers pair
-prediction i with annotation i, so one dropped line shifts all that follow; CoIN's GQA skips a missing question;
-OCR-VQA prints "Samples: 0". The scorers below read `example.answer` where the original has a single `answer` field.
+Not replicated, as one prediction per example is required here: CoIN's ImageNet scorer and the caption scorers
+pair prediction i with annotation i, so one dropped line shifts all that follow; CoIN's GQA skips a missing
+question; OCR-VQA prints "Samples: 0". The scorers below read `example.answer` where the original has a single
+`answer` field.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def _gold(example: Example) -> str:
     return example.answer or example.targets[0]
 
 
-# -------------------------------------------------------------------------------------------------------------- CoIN
+# ------------------------------------------------------------------------------------------------------- CoIN
 
 
 def _scienceqa_letter(text: str) -> str:
@@ -42,23 +44,26 @@ def _scienceqa_letter(text: str) -> str:
 def scienceqa(text: str, example: Example) -> float:
     """Letter: the text itself, or before ". ", else the FIRST one-character word in upper case.
 
-    Odd: "a cat" reads as A and "I think B" as I (wrong); the letters end at E; a letter past the choices is wrong.
+    Odd: "a cat" reads as A and "I think B" as I (wrong); the letters end at E; a letter past the choices is
+    wrong.
     """
     letter = _scienceqa_letter(text)
     allowed = LETTERS[: len(example.meta["options"])] if "options" in example.meta else LETTERS
     return float(letter in tuple(allowed) and letter == _gold(example).strip()[:1].upper())
 
 
-@per_sample("compat_textvqa", "M4C: per distinct reference, mean over 10 left-out of min(1, matches/3)", strict=False)
+@per_sample(
+    "compat_textvqa", "M4C: per distinct reference, mean over 10 left-out of min(1, matches/3)", strict=False
+)
 def textvqa(text: str, example: Example) -> float:
     """Soft accuracy over exactly ten references.
 
-    Odd: an answer that normalises to nothing ("the", "") matches references that do too; "none" is the number 0.
+    Odd: an answer that normalises to nothing ("the", "") matches references that do too; "none" is 0.
     """
     if len(example.targets) != 10:
         raise RetainError(
-            f"score 'compat_textvqa': example {example.id!r} has {len(example.targets)} references; the released "
-            "scorer needs exactly 10 ('vqa' takes any number)"
+            f"score 'compat_textvqa': example {example.id!r} has {len(example.targets)} references; "
+            "the released scorer needs exactly 10 ('vqa' takes any number)"
         )
     answer, refs = evalai(text), [evalai(t) for t in example.targets]
     hits = sum(r == answer for r in refs)
@@ -67,14 +72,16 @@ def textvqa(text: str, example: Example) -> float:
 
 @per_sample("compat_imagenet", "label is a substring of the answer OR the answer of the label", strict=False)
 def imagenet(text: str, example: Example) -> float:
-    """Two-way containment. Odd: an EMPTY answer counts as correct; so does "a"; case matters; no word boundaries."""
+    """Two-way containment. Odd: an EMPTY answer is correct, "a" too; case matters; no word boundaries."""
     gold = _gold(example)
     return float(gold in text or text in gold)
 
 
-@per_sample("compat_gqa", "lower case, trailing full stops and one leading space dropped, equals gold", strict=False)
+@per_sample(
+    "compat_gqa", "lower case, trailing full stops and one leading space dropped, equals gold", strict=False
+)
 def gqa(text: str, example: Example) -> float:
-    """Equality. Odd: gold is not lower-cased; "yes. " (a space after the stop) is wrong; only ONE space is dropped."""
+    """Equality. Odd: gold is not lower-cased; "yes. " (a space at the end) is wrong; ONE space goes."""
     return float(text.rstrip(".").lower().removeprefix(" ") == _gold(example))
 
 
@@ -85,7 +92,7 @@ def _same_upper(text: str, example: Example) -> float:
 
 @per_sample("compat_ocrvqa", "equality ignoring case; an answer with 'Unanswerable' is wrong", strict=False)
 def ocrvqa(text: str, example: Example) -> float:
-    """Equality ignoring case. Odd: "Unanswerable" inside the answer is wrong even where gold says so (case matters)."""
+    """Equality ignoring case. Odd: an answer with "Unanswerable" is wrong even where gold says so."""
     return float("Unanswerable" not in text and text.lower() == _gold(example).lower())
 
 
@@ -101,8 +108,11 @@ def _released_box(text: str) -> Box | None:
 
 @per_sample("compat_grounding", "IoU > 0.5; the box parser drops the first and last character", strict=False)
 def grounding(text: str, example: Example) -> float:
-    """Grounding. Odd: after the brackets two more characters go, so "[0.10, 0.20, 0.50, 0.91]" ends at 0.9 and
-    "[10, …]" starts at 0; inverted boxes are not refused. Both boxes are scaled by max(w, h), which cancels out."""
+    """IoU > 0.5 of boxes that are both scaled by max(w, h), which cancels out.
+
+    Odd: after the brackets two more characters go, so "[0.10, 0.20, 0.50, 0.91]" ends at 0.9 and "[10, …]"
+    starts at 0; inverted boxes are not refused.
+    """
     box = _released_box(text)
     source = example.meta.get("box", _gold(example))
     if isinstance(source, str):
@@ -114,25 +124,31 @@ def grounding(text: str, example: Example) -> float:
     return float(iou_of((a[0], a[1], a[2], a[3]), (b[0], b[1], b[2], b[3])) > 0.5)
 
 
-# ----------------------------------------------------------------------------------------------------- FCIT and UCIT
+# ---------------------------------------------------------------------------------------------- FCIT and UCIT
 
 
 def _same(text: str, example: Example) -> float:
-    """Equality, case included. Odd: no normalisation at all beyond the generator's own stripping."""
+    """Equality, case included. Odd: nothing is normalised but outer spaces. Whether the originals of AOKVQA,
+    IconQA and TabMWP ignore case is not certain: the repositories of this lineage differ."""
     return float(text.strip() == _gold(example).strip())
 
 
 def _inside(text: str, example: Example) -> float:
-    """The answer is a substring of gold, ignoring case. Odd: an EMPTY answer is correct, and so is any fragment."""
+    """The answer is inside gold, ignoring case. Odd: an EMPTY answer is correct, and so is any fragment."""
     return float(text.upper() in _gold(example).upper())
 
 
-@per_corpus("compat_caption", "mean of BLEU-1..4, ROUGE-L, CIDEr-D, each x100 (METEOR needs Java: absent)", strict=False)
+@per_corpus(
+    "compat_caption",
+    "mean of BLEU-1..4, ROUGE-L, CIDEr-D, each x100 (METEOR needs Java: absent)",
+    strict=False,
+)
 def caption(texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
     """Per sample (sum of the four corpus BLEUs + its own ROUGE-L + its own CIDEr-D) * 100 / 6.
 
-    The mean over samples is the released average without METEOR, and a bootstrap interval is too narrow by BLEU's
-    share, since BLEU belongs to the corpus. Odd: CIDEr-D runs to 1000 and dominates; pairing is by position.
+    The mean over samples is the released average without METEOR, and a bootstrap interval is too narrow by
+    BLEU's share, since BLEU belongs to the corpus. Odd: CIDEr-D runs to 1000 and dominates; pairing is by
+    position.
     """
     refs = [e.targets for e in examples]
     corpus = sum(captions.bleu(texts, refs))
@@ -140,28 +156,38 @@ def caption(texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
     return [100.0 * (corpus + captions.rouge_l(t, r) + c) / 6 for t, r, c in own]
 
 
-# ---------------------------------------------------------------------------------------------------------- MLLM-DCL
+# --------------------------------------------------------------------------------------------------- MLLM-DCL
 
 
-@per_sample("compat_dcl_med", "gold is a substring of the answer, ignoring case; 'Unanswerable' is wrong", strict=False)
+@per_sample(
+    "compat_dcl_med",
+    "gold is a substring of the answer, ignoring case; 'Unanswerable' is wrong",
+    strict=False,
+)
 def dcl_med(text: str, example: Example) -> float:
-    """MLLM-DCL Med. Odd: "Unknown" contains "no", so it is a correct "no"; "yes and no" is right either way."""
+    """MLLM-DCL Med. Odd: "Unknown" contains "no", so it is a correct "no"; "yes and no" is always right."""
     return float("Unanswerable" not in text and _gold(example).lower() in text.lower())
 
 
-@per_sample("compat_dcl_fin", "gold equals the answer in lower case without spaces and full stops", strict=False)
+@per_sample(
+    "compat_dcl_fin", "gold equals the answer in lower case without spaces and full stops", strict=False
+)
 def dcl_fin(text: str, example: Example) -> float:
-    """MLLM-DCL Fin. Odd: only the answer loses its spaces and stops, so a gold of two words can never be matched."""
+    """MLLM-DCL Fin. Odd: only the answer loses its spaces and stops, so a gold of two words never matches."""
     answer = text.lower().replace(" ", "").replace(".", "")
     return float("Unanswerable" not in text and _gold(example).lower() == answer)
 
 
-@per_sample("compat_dcl_sci", "AI2D, TQA, VQA, SciVerse: equality; map questions: share of states, or containment", strict=False)
+@per_sample(
+    "compat_dcl_sci",
+    "AI2D, TQA, VQA, SciVerse: equality; map questions: share of states, or containment",
+    strict=False,
+)
 def dcl_sci(text: str, example: Example) -> float:
     """MLLM-DCL Sci. `meta["source"]` is the image name's prefix, e.g. "AI2D" (map questions: anything else).
 
-    Odd: "Which states" questions split at commas without stripping, so "a, b" holds "a" and " b"; no points are lost
-    for wrong states; other map questions accept any answer that contains gold.
+    Odd: "Which states" questions split at commas without stripping, so "a, b" holds "a" and " b"; no points
+    are lost for wrong states; other map questions accept any answer that contains gold.
     """
     if "Unanswerable" in text:
         return 0.0

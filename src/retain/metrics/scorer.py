@@ -19,7 +19,9 @@ Batch = Callable[[Sequence[str], Sequence[Example]], list[float]]
 
 @dataclass(eq=False)  # not frozen: the Score protocol declares writable attributes
 class Scorer:
-    """A `retain.stream.Score`. `batch` does the work; `strict` says that an empty answer gets 0 before it is asked."""
+    """A `retain.stream.Score`. `batch` does the work; `strict` says that an empty answer gets 0 before it is
+    asked.
+    """
 
     name: str
     formula: str

@@ -1,8 +1,8 @@
 """Strict scorers, ours, and the registry of all scorers.
 
-Rules of the strict ones: an empty answer never scores; words are matched whole; numbers, boxes and option letters
-are parsed; what cannot be parsed is wrong; an answer that names two different choices is wrong. The scorers that
-papers released, quirks included, are in `compat.py`; both are printed side by side.
+Rules of the strict ones: an empty answer never scores; words are matched whole; numbers, boxes and option
+letters are parsed; what cannot be parsed is wrong; an answer that names two different choices is wrong. The
+scorers that papers released, quirks included, are in `compat.py`; both are printed side by side.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from retain.metrics.text import Box, evalai, iou_of, normal, numbers, parse_box
 from retain.stream import Score
 from retain.types import Example, RetainError
 
-# ----------------------------------------------------------------------------------------------------- short answers
+# ---------------------------------------------------------------------------------------------- short answers
 
 
-@per_sample("exact", "1 if normal(answer) is normal(t) for any reference t; normal: case, spaces, trailing full stop")
+@per_sample(
+    "exact", "1 if normal(answer) is normal(t) for any reference t; normal: case, spaces, trailing full stop"
+)
 def exact(text: str, example: Example) -> float:
     """Equality with any reference after `text.normal`."""
     answer = normal(text)
@@ -29,10 +31,11 @@ def exact(text: str, example: Example) -> float:
 
 
 def soft_accuracy(answer: str, references: Sequence[str]) -> float:
-    """VQA accuracy, 0..1, of normalised texts: mean over left-out references of min(1, matches among the rest / 3).
+    """VQA accuracy, 0..1, of normalised texts: mean over left-out references of min(1, matches among the rest
+    / 3).
 
-    With fewer than four references the divisor is what is left (n - 1), and one reference means equality, so that
-    a perfect answer always reaches 1. With ten it is the official measure.
+    With fewer than four references the divisor is what is left (n - 1), and one reference means equality, so
+    that a perfect answer always reaches 1. With ten it is the official measure.
     """
     n, hits = len(references), sum(r == answer for r in references)
     if n < 2:
@@ -41,7 +44,9 @@ def soft_accuracy(answer: str, references: Sequence[str]) -> float:
     return (hits * min(1.0, (hits - 1) / need) + (n - hits) * min(1.0, hits / need)) / n
 
 
-@per_sample("vqa", "mean over left-out references of min(1, matches among the others / 3); EvalAI normalisation")
+@per_sample(
+    "vqa", "mean over left-out references of min(1, matches among the others / 3); EvalAI normalisation"
+)
 def vqa(text: str, example: Example) -> float:
     """VQA soft accuracy (Antol et al. 2015) over `example.targets`, usually ten."""
     answer = evalai(text)
@@ -50,17 +55,21 @@ def vqa(text: str, example: Example) -> float:
 
 @per_sample("contains", "1 if any reference occurs in the answer as whole words; normal() on both")
 def contains(text: str, example: Example) -> float:
-    """Whole-word containment: "cat" is in "a cat." but not in "category". Says nothing about what else is claimed."""
+    """Whole-word containment: "cat" is in "a cat." but not in "category". Says nothing about what else is
+    claimed.
+    """
     answer = normal(text)
     labels = [label for label in map(normal, example.targets) if label]
     return float(any(re.search(rf"(?<!\w){re.escape(label)}(?!\w)", answer) for label in labels))
 
 
-# -------------------------------------------------------------------------------------------------- multiple choice
+# -------------------------------------------------------------------------------------------- multiple choice
 
 _ALONE = re.compile(r"[(\[]?([a-z])[)\]]?[.:,]?", re.IGNORECASE)
 _LED = re.compile(r"(?:[(\[]([a-z])[)\]]|([a-z])[.:)])\s*(\S.*)", re.IGNORECASE | re.DOTALL)
-_NAMED = re.compile(r"\b(?:answer|option|choice|letter)(?:\s+is)?\s*:?\s*[(\[]?([A-Z])[)\]]?(?!\w)", re.IGNORECASE)
+_NAMED = re.compile(
+    r"\b(?:answer|option|choice|letter)(?:\s+is)?\s*:?\s*[(\[]?([A-Z])[)\]]?(?!\w)", re.IGNORECASE
+)
 
 
 def _options(example: Example) -> list[str]:
@@ -72,8 +81,9 @@ def _options(example: Example) -> list[str]:
 def parse_choice(text: str, options: Sequence[str] = ()) -> str | None:
     """The option letter that an answer states, or None where it states none or more than one.
 
-    Read in this order: a letter alone ("B", "(b)", "B."); a letter leading an option ("B. cat"), wrong where the text
-    is another option's; a named letter ("the answer is B"); the text of exactly one option. `options` are normalised.
+    Read in this order: a letter alone ("B", "(b)", "B."); a letter leading an option ("B. cat"), wrong where
+    the text is another option's; a named letter ("the answer is B"); the text of exactly one option.
+    `options` are normalised.
     """
     text = text.strip()
     if alone := _ALONE.fullmatch(text):
@@ -90,7 +100,9 @@ def parse_choice(text: str, options: Sequence[str] = ()) -> str | None:
 
 @per_sample("choice", "1 if the parsed option letter is the key's; letters beyond meta['options'] are wrong")
 def choice(text: str, example: Example) -> float:
-    """Option letter. The key may be a letter or an option's text; `meta["options"]` lists the options in order."""
+    """Option letter. The key may be a letter or an option's text; `meta["options"]` lists the options in
+    order.
+    """
     options = _options(example)
     answer = parse_choice(text, options)
     keys = {parse_choice(t, options) for t in example.targets} - {None}
@@ -98,10 +110,12 @@ def choice(text: str, example: Example) -> float:
     return float(within and answer in keys)
 
 
-# ------------------------------------------------------------------------------------------------- numbers and boxes
+# ------------------------------------------------------------------------------------------ numbers and boxes
 
 
-@per_sample("number", "1 if the answer's only number x has |x - y| <= max(tolerance, relative_tolerance * |y|)")
+@per_sample(
+    "number", "1 if the answer's only number x has |x - y| <= max(tolerance, relative_tolerance * |y|)"
+)
 def number(text: str, example: Example) -> float:
     """A numeric answer. Exactly one distinct number may be stated; `meta["tolerance"]` and
     `meta["relative_tolerance"]` default to 0 (plus 1e-9 for rounding)."""
@@ -138,47 +152,64 @@ def gold_box(example: Example) -> Box | None:
     return next((box for box in map(parse_box, example.targets) if box), None)
 
 
-@per_sample("iou", "1 if IoU(answer box, reference box) > 0.5; four numbers x1, y1, x2, y2 with x1 < x2, y1 < y2")
+@per_sample(
+    "iou", "1 if IoU(answer box, reference box) > 0.5; four numbers x1, y1, x2, y2 with x1 < x2, y1 < y2"
+)
 def iou(text: str, example: Example) -> float:
-    """Grounding. Both boxes in the same units, or one normalised on the padded square with `meta["size"]` = (w, h)."""
+    """Grounding. Both boxes in the same units, or one normalised on the padded square with `meta["size"]` =
+    (w, h).
+    """
     box, gold = parse_box(text), gold_box(example)
     if box is None or gold is None:
         return 0.0
     return float(iou_of(*_same_units(box, gold, example)) > 0.5)
 
 
-# ---------------------------------------------------------------------------------------------------------- captions
+# --------------------------------------------------------------------------------------------------- captions
 
 
 def _references(examples: Sequence[Example]) -> list[tuple[str, ...]]:
     return [e.targets for e in examples]
 
 
-@per_corpus("cider", "100 * CIDEr-D, the papers' number: 0..1000, NOT clipped; document frequencies of this test set")
+@per_corpus(
+    "cider", "100 * CIDEr-D, the papers' number: 0..1000, NOT clipped; document frequencies of this test set"
+)
 def cider(texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
-    """CIDEr-D x100, unclipped: CIDEr-D runs to 10, so a good caption passes 100 and clipping would bias the mean."""
+    """CIDEr-D x100, unclipped: CIDEr-D runs to 10, so a good caption passes 100 and clipping would bias the
+    mean.
+    """
     return [100.0 * v for v in captions.cider_d(texts, _references(examples))]
 
 
-@per_corpus("caption", "10 * CIDEr-D: 0..100, a tenth of the papers' CIDEr x100; document frequencies of this test set")
+@per_corpus(
+    "caption",
+    "10 * CIDEr-D: 0..100, a tenth of the papers' CIDEr x100; document frequencies of this test set",
+)
 def caption(texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
-    """CIDEr-D on the same 0..100 as all other scores, so that a caption task weighs like any other in an average."""
+    """CIDEr-D on the same 0..100 as all other scores, so that a caption task weighs like any other in an
+    average.
+    """
     return [10.0 * v for v in captions.cider_d(texts, _references(examples))]
 
 
-@per_sample("bleu4", "sentence BLEU-4, add-one smoothed for n > 1; the mean is not corpus BLEU (captions.suite)")
+@per_sample(
+    "bleu4", "sentence BLEU-4, add-one smoothed for n > 1; the mean is not corpus BLEU (captions.suite)"
+)
 def bleu4(text: str, example: Example) -> float:
     """BLEU-4 of one caption; corpus BLEU is not a mean over samples."""
     return captions.bleu_of(captions.bleu_counts(text, example.targets), 4, smooth=True)
 
 
-@per_sample("rouge_l", "ROUGE-L: F of the longest common subsequence, beta 1.2; best P and best R over references")
+@per_sample(
+    "rouge_l", "ROUGE-L: F of the longest common subsequence, beta 1.2; best P and best R over references"
+)
 def rouge_l(text: str, example: Example) -> float:
     """ROUGE-L of one caption."""
     return captions.rouge_l(text, example.targets)
 
 
-# ---------------------------------------------------------------------------------------------------------- registry
+# --------------------------------------------------------------------------------------------------- registry
 
 STRICT: dict[str, Scorer] = {
     s.name: s for s in (exact, vqa, contains, choice, number, iou, caption, cider, bleu4, rouge_l)
