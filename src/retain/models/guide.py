@@ -1,0 +1,151 @@
+"""What routers compare: frozen features of a sample's images and of its instruction, unit length, fp32.
+
+With a stock CLIP model (Radford et al. 2021; the folder `guide/` beside the base, or one named in the recipe) they are
+its aligned image and text embeddings, as in HiDe-LLaVA, DISCO and ModalPrompt. Without one they are mean-pooled
+features of the base's own frozen tower and mean-pooled frozen input embeddings of the instruction's tokens: not
+aligned with each other, but each comparable with itself. Every image and text runs alone, so a route never depends on
+the batch, and each is computed once.
+"""
+
+# B batch, F image features, D text features
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from retain.models.cache import ByteLRU
+from retain.models.encode import open_image
+from retain.models.load import where
+from retain.types import Batch, Example, Guide, RetainError
+
+if TYPE_CHECKING:
+    from retain.models.hf import HFModel
+
+GuideSource = str | Path | None
+
+
+class Guider:
+    """Guide features of a model's examples; the CLIP model is loaded when the first features are asked for."""
+
+    def __init__(self, model: HFModel, source: GuideSource, budget: int = 1 << 27) -> None:
+        self._model = weakref.ref(model)
+        self.source = source
+        self._clip: _Clip | None = None
+        self._kept: ByteLRU[Tensor] = ByteLRU(budget)
+        self._seen: weakref.WeakKeyDictionary[Example, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Guide:
+        """Image (B, F) and text (B, D) features on the CPU; a zero image row for a sample without images."""
+        pairs = [self._of(e) for e in batch.examples]
+        return Guide(torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs]))
+
+    def _of(self, example: Example) -> tuple[Tensor, Tensor]:
+        found = self._seen.get(example)
+        if found is None:
+            found = self._seen[example] = (self._images(example), self._text(example.question))
+        return found
+
+    def _images(self, example: Example) -> Tensor:
+        """The unit-length mean of the images' unit-length features, or zeros."""
+        refs = self._base().encode(example).images
+        each = []
+        for ref in refs:
+            key = f"image {ref.key}"
+            found = self._kept.get(key)
+            if found is None:
+                clip = self._loaded()
+                found = unit(clip.image(open_image(ref.source, example.id)) if clip else self._pooled(example, ref.key))
+                self._kept.put(key, found)
+            each.append(found)
+        return unit(torch.stack(each).mean(0)) if each else torch.zeros(self._width())
+
+    def _text(self, text: str) -> Tensor:
+        key = "text " + hashlib.sha256(text.encode()).hexdigest()[:24]
+        found = self._kept.get(key)
+        if found is None:
+            clip = self._loaded()
+            found = unit(clip.text(text) if clip else self._bag(text))
+            self._kept.put(key, found)
+        return found
+
+    def _width(self) -> int:
+        clip = self._loaded()
+        if clip:
+            return clip.width
+        vision = self._base().hf.config.vision_config
+        return int(getattr(vision, "hidden_size", 0) or vision.embed_dim)
+
+    # -- without a CLIP model -------------------------------------------------------------------------------------
+
+    def _pooled(self, example: Example, key: str) -> Tensor:
+        base = self._base()
+        if not base.frozen_tower:
+            raise RetainError(
+                f"the {base.family.name} family gives no frozen tower features on its own; "
+                "name a CLIP model for routing features (model.guide)"
+            )
+        batch = base.collate([example], answers=False)
+        features = base.tower_features(batch)
+        at = [r.key for r in batch.meta["images"]].index(key)
+        value = features[at].float()
+        return value.reshape(-1, value.shape[-1]).mean(0).cpu()
+
+    def _bag(self, text: str) -> Tensor:
+        base = self._base()
+        ids = base.processor.tokenizer(text or " ", add_special_tokens=False)["input_ids"] or [min(base.eos)]
+        table: Any = base.embed
+        embedded: Tensor = table(torch.tensor(ids, device=base.device))
+        return embedded.float().mean(0).cpu()
+
+    def _base(self) -> HFModel:
+        model = self._model()
+        assert model is not None
+        return model
+
+    def _loaded(self) -> _Clip | None:
+        if self._clip is None and self.source is not None:
+            self._clip = _Clip(self.source, self._base().device)
+        return self._clip
+
+
+class _Clip:
+    """A stock CLIPModel folder with tokenizer and (Pillow) image processor."""
+
+    def __init__(self, source: str | Path, device: torch.device) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        name, local = where(source)
+        try:
+            self.model = CLIPModel.from_pretrained(name, local_files_only=local).to(device).eval().requires_grad_(False)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+            self.processor = AutoImageProcessor.from_pretrained(name, local_files_only=local, backend="pil")
+        except (OSError, ValueError) as error:
+            raise RetainError(f"guide {name!r} is no CLIP model with tokenizer and image processor: {error}") from error
+        self.device = device
+        self.width = int(self.model.config.projection_dim)
+        self.max_tokens = int(self.model.config.text_config.max_position_embeddings)
+
+    def image(self, image: Any) -> Tensor:
+        pixels = self.processor(images=[image], return_tensors="pt")["pixel_values"].to(self.device)
+        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+        out: Tensor = self.model.visual_projection(pooled)
+        return out[0].float().cpu()
+
+    def text(self, text: str) -> Tensor:
+        ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens, return_tensors="pt")["input_ids"]
+        pooled = self.model.text_model(input_ids=ids.to(self.device)).pooler_output
+        out: Tensor = self.model.text_projection(pooled)
+        return out[0].float().cpu()
+
+
+def unit(x: Tensor) -> Tensor:
+    """Scaled to length one; zeros stay zeros."""
+    return F.normalize(x.float(), dim=-1)
