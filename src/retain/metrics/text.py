@@ -32,7 +32,7 @@ you've
 
 
 def _contractions() -> dict[str, str]:
-    """Each listed form, spelled with exactly one apostrophe missing, maps to that form: the published table."""
+    """Each listed form, written with exactly one apostrophe missing, maps to that form."""
     table = {
         word[:i] + word[i + 1 :]: word
         for word in _APOSTROPHES.split()
