@@ -56,6 +56,20 @@ class AccuracyMatrix:
         """A matrix without a single score, to be filled by `with_row`."""
         return cls(tuple(tasks), np.full((len(tasks) + 1, len(tasks) + len(unseen)), np.nan), tuple(unseen))
 
+    @classmethod
+    def from_scores(
+        cls,
+        tasks: Sequence[str],
+        unseen: Sequence[str],
+        rows: Mapping[int, Mapping[str, float | Sequence[float]]],
+        ids: Mapping[str, Sequence[str]] | None = None,
+    ) -> AccuracyMatrix:
+        """The matrix of finished rows: row number (0 = zero-shot) to task to mean or per-sample scores."""
+        matrix = cls.empty(tasks, unseen)
+        for after in sorted(rows):
+            matrix = matrix.with_row(after, rows[after], ids)
+        return matrix
+
     def with_row(
         self,
         after: int,
@@ -86,7 +100,7 @@ class AccuracyMatrix:
         rows = self.samples.get(task, np.full((len(self.tasks) + 1, len(scores_N)), np.nan)).copy()
         if not len(scores_N) or rows.shape[1] != len(scores_N):
             raise RetainError(
-                f"task {task!r}, row {after}: {len(scores_N)} sample scores, other rows have {rows.shape[1]}; "
+                f"task {task!r}, row {after}: {len(scores_N)} sample scores, others have {rows.shape[1]}; "
                 "score the same test set in every row"
             )
         rows[after] = scores_N
@@ -156,18 +170,23 @@ class AccuracyMatrix:
 
     # --------------------------------------------------------------------------------------------------- disk
 
-    def to_json(self, *, samples: bool = True) -> str:
-        """JSON with null for cells that were not evaluated. `samples=False`: only the means."""
-        data: dict[str, Any] = {"tasks": self.tasks, "unseen": self.unseen, "values": _plain(self.values)}
+    def to_data(self, *, samples: bool = True) -> dict[str, Any]:
+        """Plain data for a JSON file; None for what was not evaluated. `samples=False`: only the means."""
+        data: dict[str, Any] = {"tasks": list(self.tasks), "unseen": list(self.unseen)}
+        data["values"] = _plain(self.values)
         if samples:
             data["samples"] = {k: [_row_or_none(r) for r in v] for k, v in self.samples.items()}
-            data["ids"] = dict(self.ids)
-        return json.dumps(data, indent=1, sort_keys=True)
+            data["ids"] = {k: list(v) for k, v in self.ids.items()}
+        return data
+
+    def to_json(self, *, samples: bool = True) -> str:
+        """`to_data` as the text of a JSON file."""
+        return json.dumps(self.to_data(samples=samples), indent=1, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> AccuracyMatrix:
-        """The inverse of `to_json`, exact to the last bit."""
-        data = json.loads(text)
+    def from_json(cls, source: str | Mapping[str, Any]) -> AccuracyMatrix:
+        """The inverse of `to_json`, exact to the last bit; takes its data or the text of the file."""
+        data = json.loads(source) if isinstance(source, str) else source
         missing = sorted({"tasks", "values"} - set(data))
         if missing:
             raise RetainError(f"not an accuracy matrix: {missing} missing; found {sorted(data)}")
