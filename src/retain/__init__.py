@@ -1,6 +1,49 @@
-"""retain: tune a multimodal language model on one task after another and keep what it already knew."""
+"""retain: tune a multimodal language model on one task after another and keep what it already knew.
 
-from retain.types import Conflict, Example, Message, RetainError
+The public names, loaded when they are first used so that `retain --help` does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from retain.adapters.bank import AdapterBank, Mix
+    from retain.adapters.lora import LoraSpec
+    from retain.continual import run
+    from retain.evaluate import EvalOptions, evaluate
+    from retain.method import Context, Method, Stack, available, build, register
+    from retain.metrics.matrix import AccuracyMatrix
+    from retain.models.hf import HFModel
+    from retain.store import RunDir
+    from retain.stream import Stream, Task
+    from retain.train import Optim, fit
+    from retain.types import Batch, Conflict, Example, Guide, Message, Output, RetainError
 
 __version__ = "0.1.0"
-__all__ = ["Conflict", "Example", "Message", "RetainError", "__version__"]
+
+_HOME = {
+    "adapters.bank": ("AdapterBank", "Mix"),
+    "adapters.lora": ("LoraSpec",),
+    "continual": ("run",),
+    "evaluate": ("EvalOptions", "evaluate"),
+    "method": ("Context", "Method", "Stack", "available", "build", "register"),
+    "metrics.matrix": ("AccuracyMatrix",),
+    "models.hf": ("HFModel",),
+    "store": ("RunDir",),
+    "stream": ("Stream", "Task"),
+    "train": ("Optim", "fit"),
+    "types": ("Batch", "Conflict", "Example", "Guide", "Message", "Output", "RetainError"),
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "AccuracyMatrix", "AdapterBank", "Batch", "Conflict", "Context", "EvalOptions", "Example", "Guide", "HFModel",
+    "LoraSpec", "Message", "Method", "Mix", "Optim", "Output", "RetainError", "RunDir", "Stack", "Stream", "Task",
+    "__version__", "available", "build", "evaluate", "fit", "register", "run",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'retain' has no attribute {name!r}")
+    return getattr(import_module(f"retain.{_WHERE[name]}"), name)

@@ -1,0 +1,90 @@
+"""Fills the generated parts of README.md: the method table, the annotated tree, the results, and --help.
+
+    python scripts/docs.py            # rewrite
+    python scripts/docs.py --check    # exit 1 where a part is out of date (make check)
+
+A part stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from retain.method import Method, available
+
+ROOT = Path(__file__).resolve().parent.parent
+HOOKS = ["stages", "adapt", "begin_task", "data", "loss", "grads", "after_step", "end_task", "route"]
+
+
+def methods() -> str:
+    """One row per registered method: what it does, where it acts, its card."""
+    lines = ["| method | what it does | acts at | source |", "|---|---|---|---|"]
+    for name, cls in available().items():
+        hooks = ", ".join(f"`{h}`" for h in HOOKS if getattr(cls, h) is not getattr(Method, h))
+        card = f"docs/methods/{name}.md"
+        shown = f"[`{name}`]({card})" if (ROOT / card).is_file() else f"`{name}`"
+        lines.append(f"| {shown} | {cls.about} | {hooks} | {cls.source} |")
+    return "\n".join(lines)
+
+
+def tree() -> str:
+    """The package's files with the first sentence of each."""
+    base, lines = ROOT / "src" / "retain", ["```", "src/retain/"]
+    for path in sorted(base.rglob("*.py"), key=lambda p: (p.parent.relative_to(base).parts, p.name)):
+        name = path.relative_to(base).as_posix()
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf8"))) or ""
+        first = re.split(r"(?<=[.:])\s", doc.replace("\n", " "), maxsplit=1)[0].rstrip(":.")
+        if path.name == "__init__.py" and path.parent == base:
+            continue
+        lines.append(f"  {name:32s} {first[:110]}")
+    return "\n".join([*lines, "```"])
+
+
+def results() -> str:
+    """The table of docs/results.md, as it stands there."""
+    path = ROOT / "docs" / "results.md"
+    text = path.read_text(encoding="utf8") if path.is_file() else ""
+    found = re.search(r"<!-- table -->\n(.*?)\n<!-- /table -->", text, re.DOTALL)
+    return found[1] if found else "Not measured yet: `make pocket-table`."
+
+
+def usage() -> str:
+    """`retain --help`, in plain text."""
+    env = {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1", "PATH": "/usr/bin:/bin"}
+    out = subprocess.run([sys.executable, "-m", "retain.cli", "--help"], capture_output=True, text=True, env=env, check=True)
+    return "```\n" + "\n".join(line.rstrip() for line in out.stdout.strip().splitlines()) + "\n```"
+
+
+PARTS: dict[str, Callable[[], str]] = {"methods": methods, "tree": tree, "results": results, "usage": usage}
+
+
+def filled(text: str) -> str:
+    """The same text with every generated part made anew."""
+    for name, make in PARTS.items():
+        pattern = re.compile(rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)", re.DOTALL)
+        if pattern.search(text):
+            body = make()
+            text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
+    return text
+
+
+def main() -> int:
+    stale = []
+    for path in [ROOT / "README.md"]:
+        old = path.read_text(encoding="utf8")
+        new = filled(old)
+        if new != old:
+            stale.append(path.name)
+            if "--check" not in sys.argv:
+                path.write_text(new, encoding="utf8")
+    print(f"{'out of date' if '--check' in sys.argv else 'rewritten'}: {stale or 'nothing'}")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

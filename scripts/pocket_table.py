@@ -1,0 +1,66 @@
+"""The results table: every pocket recipe with five seeds, two processes of one thread each, resumable.
+
+    python scripts/pocket_table.py                      # run what is missing, then write docs/results.md
+    python scripts/pocket_table.py --only llaca ewc --seeds 0 1
+    python scripts/pocket_table.py --write-only         # only write the tables from the runs that are there
+
+Every run is `retain run recipes/pocket/NAME.yaml seed=S out=runs/table/NAME-S`; a killed script goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes" / "pocket"
+FIRST = [
+    "zero_shot", "lora", "multitask", "replay", "ewc", "lwf", "ema", "llaca_official", "llaca_paper", "llaca_bounded",
+    "llaca", "llaca_groups_paper", "llaca_groups_bounded", "groups", "lora_oracle", "lora_per_task",
+]  # fmt: skip
+
+
+def one(name: str, seed: int, folder: Path, extra: list[str]) -> tuple[str, int, float]:
+    """One run in its own process; returns its name, exit code and seconds. A finished run is not started again."""
+    out = folder / f"{name}-{seed}"
+    if (out / "DONE").is_file():
+        return out.name, 0, 0.0
+    command = [sys.executable, "-m", "retain.cli", "run", str(RECIPES / f"{name}.yaml"), f"seed={seed}", f"out={out}", *extra]
+    started = time.monotonic()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{out.name}.log").open("w") as log:
+        code = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log, check=False).returncode
+    return out.name, code, time.monotonic() - started
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=FIRST)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "table")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--write-only", action="store_true")
+    parser.add_argument("overrides", nargs="*", help="key=value, as for retain run")
+    args = parser.parse_args()
+    failed = 0
+    if not args.write_only:
+        todo = [(name, seed) for seed in args.seeds for name in args.only]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for name, code, seconds in pool.map(lambda job: one(*job, args.folder, args.overrides), todo):
+                if seconds:
+                    print(f"{name:32s} {'ok' if not code else f'exit {code}'} {seconds:6.0f} s", flush=True)
+                failed += bool(code)
+    from retain.report.results import write_results
+
+    print(f"wrote {write_results(args.folder, ROOT / 'docs' / 'results.md')}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
