@@ -1,0 +1,364 @@
+"""Files of examples: LLaVA `conversations`, CoIN test items, HF `messages` + `images`; JSON, JSONL, parquet.
+
+The format is told by a row's fields, not by the file's name. Every error names file, row (from 1), field,
+value and choices. Every image is opened once (its header: format and size) before anything is trained;
+`retain doctor` decodes them in full. Image paths are relative to an image root and may not climb out of it; links
+inside the root are the user's own and are followed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from os.path import normpath
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
+
+from retain.types import Example, ImageSource, Message, RetainError, Role
+
+MAX_PIXELS = 90_000_000
+"""Pixels of one image, about Pillow's own warning: more is a mistake or a decompression bomb."""
+
+MAX_LINE = 32 * 2**20
+MAX_TEXT = 1_000_000
+IMAGE = "<image>"
+Row = Mapping[str, Any]
+
+ROLES: dict[str, Role] = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+}  # fmt: skip
+
+
+@dataclass
+class _File:
+    """One file being read: where its images are, and which of them were looked at already."""
+
+    path: Path
+    root: Path
+    max_pixels: int
+    checked: dict[Path, str] = field(default_factory=dict)  # path -> what is wrong with it, "" for nothing
+
+
+def examples(path: Path, image_root: Path | None = None, *, max_pixels: int = MAX_PIXELS) -> list[Example]:
+    """All rows of a file. `image_root` defaults to the file's own folder; ids default to the row number."""
+    if not path.is_file():
+        raise RetainError(f"{path}: no such file")
+    root = image_root or path.parent
+    if not root.is_dir():
+        raise RetainError(f"{path}: the image root {str(root)!r} is no folder")
+    file = _File(path, root.absolute(), max_pixels)
+    return [_example(row, number, file) for number, row in rows(path)]
+
+
+# -- rows --------------------------------------------------------------------------------------------------
+
+
+def rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Numbered rows of a JSON list, a JSONL file or a parquet file."""
+    if path.suffix == ".parquet":
+        yield from _parquet(path)
+        return
+    text = _text(path)
+    if text.lstrip()[:1] == "[":
+        items = _json(text, f"{path}")
+        yield from ((i, _row(item, path, i)) for i, item in enumerate(items, 1))
+        return
+    number = 0
+    for line_number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        number += 1
+        if len(line) > MAX_LINE:
+            raise RetainError(
+                f"{path}, row {number} (line {line_number}): longer than {MAX_LINE:,} characters"
+            )
+        yield number, _row(_json(line, f"{path}, row {number} (line {line_number})"), path, number)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RetainError(
+            f"{path}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from None
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise RetainError(f"{where}: broken JSON at {place}: {error.msg}") from None
+    except (RecursionError, ValueError) as error:
+        raise RetainError(f"{where}: broken JSON: {error}") from None
+
+
+def _row(item: Any, path: Path, number: int) -> Row:
+    if not isinstance(item, dict):
+        raise RetainError(f"{path}, row {number}: an object of fields is needed, not {_show(item)}")
+    return item
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise RetainError(f"{path}: reading parquet needs pyarrow: pip install 'retain[parquet]'") from None
+    number = 0
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
+            for item in batch.to_pylist():
+                number += 1
+                yield number, {k: v for k, v in item.items() if v is not None}
+    except pyarrow.ArrowException as error:
+        raise RetainError(f"{path}: no readable parquet file: {error}") from None
+
+
+# -- one row -----------------------------------------------------------------------------------------------
+
+
+def _example(row: Row, number: int, file: _File) -> Example:
+    where = f"{file.path}, row {number}"
+    if "conversations" in row:
+        messages = _conversations(row, where)
+    elif "messages" in row:
+        messages, row = _messages(row, where)
+    elif "text" in row:
+        messages = _item(row, where)
+    else:
+        raise RetainError(
+            f"{where}: fields {sorted(row)[:8]} are of no known format; choose `conversations` (LLaVA), "
+            "`messages` (Hugging Face) or `text` + `answer` (CoIN test items)"
+        )
+    images = tuple(_image(v, f"{where}, field '{key}'", file) for key, v in _image_fields(row, where))
+    messages = _placed(messages, len(images), where)
+    if not messages or messages[-1].role != "assistant":
+        raise RetainError(f"{where}: the last turn must be the answer (gpt/assistant)")
+    if not any(m.role == "user" for m in messages):
+        raise RetainError(f"{where}: no turn of the user (human/user)")
+    ident = row.get("id", row.get("question_id", number))
+    if isinstance(ident, bool) or not isinstance(ident, str | int) or ident == "":
+        raise RetainError(f"{where}, field 'id': text or a whole number is needed, not {_show(ident)}")
+    return Example(str(ident), tuple(messages), images, _references(row, where), _meta(row, where))
+
+
+def _conversations(row: Row, where: str) -> list[Message]:
+    """LLaVA: a list of {"from": human|gpt|system, "value": text}; `<image>` marks an image."""
+    turns = _list_of_objects(row, "conversations", where)
+    out = []
+    for i, turn in enumerate(turns):
+        at = f"{where}, field 'conversations[{i}]'"
+        role = _role(turn.get("from"), f"{at}.from")
+        out.append(_message(role, _str(turn.get("value"), f"{at}.value")))
+    return out
+
+
+def _messages(row: Row, where: str) -> tuple[list[Message], Row]:
+    """HF: a list of {"role", "content"}; content is text, or a list of {"type": "text"|"image", …}."""
+    turns = _list_of_objects(row, "messages", where)
+    out, inline = [], []
+    for i, turn in enumerate(turns):
+        at = f"{where}, field 'messages[{i}]'"
+        role = _role(turn.get("role"), f"{at}.role")
+        content = turn.get("content")
+        if isinstance(content, str):
+            out.append(_message(role, _str(content, f"{at}.content")))
+            continue
+        if not isinstance(content, list):
+            raise RetainError(f"{at}.content: text or a list of parts is needed, not {_show(content)}")
+        texts, n_images = [], 0
+        for j, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "text":
+                texts.append(_str(part.get("text"), f"{at}.content[{j}].text"))
+            elif kind == "image":
+                n_images += 1
+                inline += [part[k] for k in ("image", "path") if part.get(k) is not None][:1]
+            else:
+                raise RetainError(f"{at}.content[{j}].type: {_show(kind)}; choose 'text' or 'image'")
+        message = _message(role, "\n".join(texts))
+        out.append(Message(role, message.text, message.images + n_images))
+    if inline and "images" in row:
+        raise RetainError(f"{where}: images are given twice, in `images` and inside `messages`; keep one")
+    return out, {**row, "images": inline} if inline else row
+
+
+def _item(row: Row, where: str) -> list[Message]:
+    """CoIN test items: a prompt in `text`, the reference in `answer` (text, number or a list of texts)."""
+    if "answer" not in row:
+        raise RetainError(f"{where}: the field 'answer' is missing; there are {sorted(row)[:8]}")
+    references = _references(row, where) or (_answer(row["answer"], f"{where}, field 'answer'"),)
+    question = _message("user", _str(row["text"], f"{where}, field 'text'"))
+    return [question, Message("assistant", references[0])]
+
+
+def _references(row: Row, where: str) -> tuple[str, ...]:
+    """All acceptable answers where a row lists them: `references`, `answers`, or `answer` as a list."""
+    for key in ("references", "answers", "answer"):
+        value = row.get(key)
+        if isinstance(value, list) and value:
+            return tuple(_answer(v, f"{where}, field '{key}[{i}]'") for i, v in enumerate(value))
+    return ()
+
+
+def _answer(value: Any, at: str) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return _str(value, at)
+
+
+def _message(role: Role, text: str) -> Message:
+    """A turn with its placeholders counted and taken out: images stand before the text of their turn."""
+    count = text.count(IMAGE)
+    return Message(role, re.sub(rf"\s*{IMAGE}\s*", "\n", text).strip() if count else text, count)
+
+
+def _placed(messages: list[Message], n_images: int, where: str) -> list[Message]:
+    """Every image belongs to one turn; images without any placeholder stand before the first question."""
+    marks = sum(m.images for m in messages)
+    if marks == n_images:
+        return messages
+    if marks == 0:
+        first = next((i for i, m in enumerate(messages) if m.role == "user"), 0)
+        return [Message(m.role, m.text, n_images) if i == first else m for i, m in enumerate(messages)]
+    raise RetainError(f"{where}: {marks} image placeholders ({IMAGE}) but {n_images} images")
+
+
+def _meta(row: Row, where: str) -> dict[str, Any]:
+    """What a scorer needs besides: options, box, image size, tolerance, source; CoIN's names translated."""
+    meta: dict[str, Any] = dict(row["meta"]) if isinstance(row.get("meta"), dict) else {}
+    options = row.get("options", row.get("choices"))
+    if options is not None:
+        if isinstance(options, dict):
+            options = list(options.values())
+        if not isinstance(options, list) or not all(isinstance(o, str | int | float) for o in options):
+            raise RetainError(f"{where}, field 'options': a list of texts is needed, not {_show(options)}")
+        meta["options"] = [str(o) for o in options]
+    box = row.get("answer_bbox", row.get("box", row.get("bbox")))
+    if box is not None:
+        meta["box"] = _numbers(box, 4, f"{where}, field 'answer_bbox'")
+    if row.get("size") is not None:
+        meta["size"] = _numbers(row["size"], 2, f"{where}, field 'size'")
+    meta.update({k: row[k] for k in ("tolerance", "relative_tolerance", "source") if row.get(k) is not None})
+    return meta
+
+
+def _numbers(value: Any, count: int, at: str) -> list[float]:
+    """A list of numbers, or its text: CoIN stores boxes as "[x1,y1,x2,y2]"."""
+    found = _json(value, at) if isinstance(value, str) else value
+    fits = isinstance(found, list) and len(found) == count
+    if not fits or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in found):
+        raise RetainError(f"{at}: {count} numbers are needed, not {_show(value)}")
+    return [float(v) for v in found]
+
+
+def _list_of_objects(row: Row, key: str, where: str) -> Sequence[Row]:
+    value = row[key]
+    if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
+        raise RetainError(f"{where}, field '{key}': a list of turns is needed, not {_show(value)}")
+    return value
+
+
+def _role(value: Any, at: str) -> Role:
+    if not isinstance(value, str) or value not in ROLES:
+        raise RetainError(f"{at}: {_show(value)}; choose from {list(ROLES)}")
+    return ROLES[value]
+
+
+def _str(value: Any, at: str) -> str:
+    if not isinstance(value, str):
+        raise RetainError(f"{at}: text is needed, not {_show(value)}")
+    if len(value) > MAX_TEXT:
+        raise RetainError(f"{at}: {len(value):,} characters; at most {MAX_TEXT:,} are taken")
+    broken = re.search("[\ud800-\udfff\0]", value)
+    if broken:
+        raise RetainError(f"{at}: character {broken.start() + 1} is {broken[0]!r}, which is no text")
+    return value
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+# -- images ------------------------------------------------------------------------------------------------
+
+
+def _image_fields(row: Row, where: str) -> list[tuple[str, Any]]:
+    """The images of a row in order, each with the field it came from."""
+    found: list[tuple[str, Any]] = []
+    for key in ("image", "images"):
+        value = row.get(key)
+        if isinstance(value, list):
+            found += [(f"{key}[{i}]", v) for i, v in enumerate(value)]
+        elif value is not None:
+            found.append((key, value))
+    if "image" in row and "images" in row and row["image"] and row["images"]:
+        raise RetainError(f"{where}: both 'image' and 'images' are given; keep one")
+    return found
+
+
+def _image(value: Any, at: str, file: _File) -> ImageSource:
+    """A path under the root, or (parquet) an image file's bytes; the header is read, the size checked."""
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        opened: list[PILImage.Image] = []
+        raw = value["bytes"]
+        wrong = _look(lambda: PILImage.open(io.BytesIO(raw)), file.max_pixels, opened)
+        if wrong:
+            raise RetainError(f"{at}: {len(raw):,} bytes: {wrong}")
+        return opened[0]
+    if isinstance(value, Mapping):
+        value = value.get("path")
+    name = _str(value, at)
+    if not name.strip():
+        raise RetainError(f"{at}: the image's path is empty")
+    path = Path(normpath(file.root / name))
+    if not path.is_relative_to(normpath(file.root)):
+        raise RetainError(f"{at}: {name!r} leaves the image root {str(file.root)!r}")
+    if path not in file.checked:
+        file.checked[path] = _wrong_path(path, file.max_pixels)
+    if file.checked[path]:
+        raise RetainError(f"{at}: {name!r}: {file.checked[path]}")
+    return path
+
+
+def _wrong_path(path: Path, max_pixels: int) -> str:
+    if not path.is_file():
+        return f"no such image under the image root ({path})"
+    return _look(lambda: PILImage.open(path), max_pixels)
+
+
+def _look(
+    open_: Callable[[], PILImage.Image], max_pixels: int, keep: list[PILImage.Image] | None = None
+) -> str:
+    """What is wrong with an image by its header; "" for nothing. `keep` receives the opened image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # our own limit says it better
+            image = open_()
+    except PILImage.DecompressionBombError as error:
+        return f"too large: {error}"
+    except UnidentifiedImageError:
+        return "not an image that Pillow can read (corrupt, or another kind of file)"
+    except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: Pillow's word for a broken PNG
+        return f"cannot be opened: {error}"
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        return (
+            f"{width} x {height} = {width * height:,} pixels; at most {max_pixels:,} are taken (max_pixels)"
+        )
+    if keep is None:
+        image.close()
+    else:
+        keep.append(image)
+    return ""
