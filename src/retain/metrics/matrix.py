@@ -89,6 +89,8 @@ class AccuracyMatrix:
             column = self.column(task)
             if isinstance(given, int | float):
                 values[after, column] = given
+                if task in samples:  # a mean replaces the samples it would contradict
+                    samples[task] = self._sample_row(task, after, np.full(samples[task].shape[1], np.nan))
                 continue
             samples[task] = self._sample_row(task, after, np.asarray(given, dtype=np.float64))
             values[after, column] = samples[task][after].mean()
@@ -217,6 +219,11 @@ def _check(m: AccuracyMatrix) -> None:
         column = m.values[:, m.column(task)]
         if rows.ndim != 2 or len(rows) != shape[0]:
             raise RetainError(f"samples of task {task!r} have shape {rows.shape}, need ({shape[0]}, N)")
+        holes = np.isnan(rows).any(axis=1) & ~np.isnan(rows).all(axis=1)
+        if holes.any():
+            i = int(np.flatnonzero(holes)[0])
+            n = int(np.isnan(rows[i]).sum())
+            raise RetainError(f"task {task!r}, row {i}: {n} of {rows.shape[1]} sample scores are nan")
         means = rows.mean(axis=1)
         wrong = ~np.isnan(means) & ~np.isclose(means, column, rtol=0, atol=1e-6)
         if wrong.any():
