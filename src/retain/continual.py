@@ -2,6 +2,9 @@
 
     row 0            the base model on every task (zero-shot)
     row i            after stage i: fit ─► TRAINED ─► one cell per task ─► DONE
+
+A stage starts from the row before as it was saved, and is evaluated as it was saved. So it does not matter which process
+did the work before, and a run that was killed ends with the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -11,24 +14,28 @@ import resource
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 
-from retain.adapters.bank import Mix
 from retain.engine import Engine
-from retain.evaluate import EvalOptions, Prediction, cell_key, evaluate, plan
+from retain.evaluate import EvalOptions, cell_key, evaluate, plan
+from retain.files import read_jsonl, read_record, write_json, write_jsonl, write_text
 from retain.method import Context, Method
 from retain.metrics.matrix import AccuracyMatrix
 from retain.models.base import Model
-from retain.store import Row, RunDir, read_json, read_jsonl, write_json, write_jsonl
+from retain.store import Row, RunDir, empty, safe
 from retain.stream import Stream, Task
 from retain.train import FitStats, Optim, fit
-from retain.types import RetainError, digest
+from retain.types import Examples, RetainError
+
+PACKAGES = ("retain", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow")
 
 
 class Watcher(Protocol):
@@ -53,6 +60,10 @@ class Silent:
     def note(self, text: str) -> None: ...
 
 
+Cell = dict[str, Any]
+"""What is known of a finished cell: key, score, n, copied, seconds, compat, tokens."""
+
+
 @dataclass
 class Running:
     """What the parts of a run share, so that their signatures stay short."""
@@ -66,7 +77,8 @@ class Running:
     engine: Engine
     watch: Watcher
     seed: int
-    cells: dict[str, Path]  # key of a finished cell: its predictions
+    cells: dict[str, tuple[Path, Cell]] = field(default_factory=dict)  # finished cells by key, with their predictions
+    data: dict[str, str] = field(default_factory=dict)  # digest of each task
 
 
 def run(
@@ -83,245 +95,268 @@ def run(
 ) -> AccuracyMatrix:
     """Learn the stream with one method and evaluate every task after every stage.
 
-    Returns the matrix; the folder holds everything else. Raises `RetainError` before any training if the method cannot
-    run here (no owner of `adapt`, an engine that hides gradients, duplicate ids).
+    Returns the matrix; the folder holds everything else. Adapters that the model's bank holds are removed first. A
+    finished run is only read. Raises `RetainError` before anything is written if the method or the data cannot run here.
     """
+    if store.done:
+        return AccuracyMatrix.from_json(read_record(store.path / "matrix.json", "tasks", "values"))
     engine = engine or Engine()
-    r = Running(model, stream, method, optim, options or EvalOptions(), store, engine, watch or Silent(), seed, {})
+    r = Running(model, stream, method, optim, options or EvalOptions(), store, engine, watch or Silent(), seed)
     stages = check(r)
     with store.locked():
         _describe(r)
-        method.reset()
         seen: list[str] = []
         before: Row | None = None
         for index, task in enumerate([None, *stages]):
             row = store.row(index, task.name if task else "zero_shot")
-            if task:
-                seen += [str(n) for n in _parts(task)]
-            if row.done:
-                _remember(r, row)
-            else:
+            if not row.done:
                 _one_row(r, row, task, seen, before)
-            before = row if task else None
+            for name, cell in row.cells().items():
+                r.cells.setdefault(cell["key"], (row.predictions(name), cell))
+            if task:
+                seen, before = seen + taught(task, stream), row
         matrix = collect(stream, store)
         if engine.main:
             write_json(store.path / "matrix.json", matrix.to_json())
-            (store.path / "DONE").touch()
+            write_text(store.path / "DONE", "")
+        engine.wait()
     return matrix
 
 
 def check(r: Running) -> Sequence[Task]:
-    """Everything that can be refused before the first training second; returns the stages."""
+    """Everything that can be refused before anything is written; returns the stages."""
     r.engine.check(r.method)
     stages = list(r.method.stages(r.stream))
     if stages and not r.method.owns("adapt"):
         names = [p.name for p in r.method.parts]
         raise RetainError(f"adapt: no part of {names} defines it; put `lora`, `lora_per_task` or another owner first")
-    for task in [*stages, *r.stream.all]:
-        for split, examples in (("train", task.train), ("test", task.test)):
-            ids = [e.id for e in examples]
-            if len(set(ids)) != len(ids):
-                twice = next(i for i in ids if ids.count(i) > 1)
-                raise RetainError(f"task {task.name!r}, {split}: id {twice!r} appears more than once")
+    files = Counter(safe(t.name).casefold() for t in r.stream.all)
+    for task in r.stream.all:
+        if files[safe(task.name).casefold()] > 1:
+            raise RetainError(f"task {task.name!r}: another task's name is the same as a file name; rename one")
+        _check_split(task.name, "train", task.train)
+        _check_split(task.name, "test", task.test)
+        if not len(task.test):
+            raise RetainError(f"task {task.name!r}: the test split is empty")
     for task in stages:
         if not len(task.train):
             raise RetainError(f"task {task.name!r}: the train split is empty")
-    for task in r.stream.all:
-        if not len(task.test):
-            raise RetainError(f"task {task.name!r}: the test split is empty")
     return stages
 
 
+def _check_split(task: str, split: str, examples: Examples) -> None:
+    twice = next((i for i, n in Counter(e.id for e in examples).items() if n > 1), None)
+    if twice is not None:
+        raise RetainError(f"task {task!r}, {split}: id {twice!r} appears more than once")
+
+
+def taught(stage: Task, stream: Stream) -> list[str]:
+    """The stream's tasks that a stage teaches: `meta["parts"]`, else itself, else (joint training) all of them."""
+    names = [t.name for t in stream]
+    parts = stage.meta.get("parts", [stage.name] if stage.name in names else names)
+    assert isinstance(parts, list | tuple)
+    return [str(p) for p in parts]
+
+
 def _one_row(r: Running, row: Row, task: Task | None, seen: list[str], before: Row | None) -> None:
-    ctx = Context(r.model, task or r.stream[0], r.stream, list(seen), r.seed, log=r.store.event)
-    if task is not None:
-        if row.trained:
-            row.load_model(r.model.adapters, r.method)
-        else:
-            _train(r, row, ctx, before)
-    cells = _evaluate(r, row, task, ctx)
+    if task is None:
+        empty(r.model.adapters)
+    else:
+        if not row.trained:
+            _train(r, row, task, seen, before)
+        row.load_model(r.model.adapters, r.method)
+        row.checkpoints().clear()
+        seen = seen + taught(task, r.stream)
+    cells = _evaluate(r, row, r.method if task else None, seen)
     if r.engine.main:
-        write_json(row.path / "cells.json", cells)
         write_json(row.path / "budget.json", _budget(r, row, before, cells))
         row.mark("DONE")
-        r.watch.row(row.name, {name: cell["score"] for name, cell in cells.items()})
+        r.watch.row(task.name if task else row.name, {name: cell["score"] for name, cell in cells.items()})
     r.engine.wait()
 
 
-def _train(r: Running, row: Row, ctx: Context, before: Row | None) -> None:
+def _train(r: Running, row: Row, task: Task, seen: list[str], before: Row | None) -> None:
     if before is not None:
         before.load_model(r.model.adapters, r.method)
     else:
-        _empty(r)
-    ctx.seen = [n for n in ctx.seen if n not in _parts(ctx.task)]
-    r.watch.stage(ctx.task.name, r.optim.n_steps(len(ctx.task.train)))
-    r.store.event(kind="stage", task=ctx.task.name, samples=len(ctx.task.train))
-    stats = fit(r.model, r.method, ctx, r.optim, r.engine, row.checkpoints(), r.watch.step)
-    ctx.seen += _parts(ctx.task)
+        empty(r.model.adapters)
+        r.method.reset()
+    ctx = Context(r.model, task, r.stream, list(seen), r.seed, log=r.store.event)
+    r.watch.stage(task.name, r.optim.n_steps(len(task.train)))
+    r.store.event(kind="stage", task=task.name, samples=len(task.train))
+    stats = fit(r.model, r.method, ctx, r.optim, r.engine, row.checkpoints(r.model.device), r.watch.step)
+    learned = [t.name for t in r.stream if t.name in [*seen, *taught(task, r.stream)]]
     if r.engine.main:
-        row.save_model(r.model.adapters, r.method, _cost(r, stats), before)
+        row.save_model(r.model.adapters, r.method, {**_cost(r, stats), "learned": learned}, before)
     r.engine.wait()
 
 
-def _evaluate(r: Running, row: Row, trained: Task | None, ctx: Context) -> dict[str, Any]:
+def _evaluate(r: Running, row: Row, method: Method | None, seen: list[str]) -> dict[str, Cell]:
     """Every task of the stream under the row's model. Finished cells are kept, equal ones are copied."""
-    bank, cells = r.model.adapters, {}
-    digests = {name: digest(bank.state(name)) for name in bank.names}
+    digests = {name: entry["digest"] for name, entry in row.adapters().items()}
+    kept, cells = row.cells(), dict[str, Cell]()
     for task in r.stream.all:
+        ctx = Context(r.model, task, r.stream, list(seen), r.seed, log=r.store.event)
         started = time.perf_counter()
-        ctx.task = task
-        method = r.method if trained is not None else None
         batches = plan(r.model, task, method, ctx, r.options)
-        key = cell_key(r.model, task, batches, digests, r.options)
-        target = row.predictions(task.name)
+        key = cell_key(r.model, task, batches, digests, r.options, r.data[task.name])
         r.watch.evaluating(task.name, len(task.test))
-        copied = key in r.cells
-        if copied:
-            predictions = [Prediction.from_json(p) for p in read_jsonl(r.cells[key])]
+        if kept.get(task.name, {}).get("key") == key:
+            cells[task.name] = kept[task.name]
+        elif key in r.cells:
+            cells[task.name] = _copy(r, row, task, key)
         else:
-            part = target.with_name(f"{target.stem}.rank{r.engine.rank}.{key}.part")
-            predictions = evaluate(r.model, task, batches, r.options, r.engine, part, r.watch.advance)
+            cells[task.name] = _answer(r, row, task, key, batches, started)
+        r.cells.setdefault(key, (row.predictions(task.name), cells[task.name]))
         if r.engine.main:
-            shown = {e.id: r.store.sample(task.name, e) for e in task.test[: r.options.thumbnails]}
-            write_jsonl(target, [p.to_json(shown.get(p.id)) for p in predictions])
-        for old in target.parent.glob(f"{target.stem}.rank{r.engine.rank}.*.part"):
-            old.unlink()
-        r.cells[key] = target
-        mean = sum(p.score for p in predictions) / len(predictions)
-        compat = [p.compat for p in predictions if p.compat is not None]
-        seconds = round(time.perf_counter() - started, 3)
-        cells[task.name] = {
-            "key": key, "score": mean, "n": len(predictions), "copied": copied, "seconds": seconds,
-            "compat": sum(compat) / len(compat) if compat else None,
-            "tokens": 0 if copied else sum(r.model.length(e) for e in task.test),
-        }  # fmt: skip
-        r.store.event(kind="cell", row=row.path.name, task=task.name, score=mean, n=len(predictions), copied=copied)
+            write_json(row.path / "cells.json", cells)
+        told = {k: cells[task.name][k] for k in ("score", "n", "copied")}
+        r.store.event(kind="cell", row=row.path.name, task=task.name, **told)
     return cells
+
+
+def _copy(r: Running, row: Row, task: Task, key: str) -> Cell:
+    source, cell = r.cells[key]
+    if r.engine.main:
+        write_jsonl(row.predictions(task.name), read_jsonl(source))
+    r.watch.advance(len(task.test))
+    return {**cell, "copied": True, "seconds": 0.0, "tokens": 0}
+
+
+def _answer(r: Running, row: Row, task: Task, key: str, batches: Any, started: float) -> Cell:
+    target = row.predictions(task.name)
+    part = target.with_name(f"{target.stem}.{key}.part")
+    predictions = evaluate(r.model, task, batches, r.options, r.engine, part, r.watch.advance)
+    if r.engine.main:
+        shown = {e.id: r.store.sample(task.name, e) for e in task.test[: r.options.thumbnails]}
+        write_jsonl(target, [p.to_json(shown.get(p.id)) for p in predictions])
+        for file in target.parent.glob(f"{part.name}*"):  # of every process, also of an earlier launch
+            file.unlink()
+    compat = [p.compat for p in predictions if p.compat is not None]
+    return {
+        "key": key, "score": sum(p.score for p in predictions) / len(predictions), "n": len(predictions),
+        "copied": False, "seconds": round(time.perf_counter() - started, 3),
+        "compat": sum(compat) / len(compat) if compat else None,
+        "tokens": sum(r.model.length(e) for e in task.test),
+    }  # fmt: skip
 
 
 def collect(stream: Stream, store: RunDir) -> AccuracyMatrix:
     """The matrix from the folder: per-sample scores of every finished row.
 
-    Stages that are not the stream's tasks (joint training) fill the last row: only what holds for a final model
-    is then defined.
+    A row of the matrix stands for a number of learned tasks, so joint training on all of them fills the last one: only
+    what holds for a final model is then defined.
     """
-    tasks, rows = [t.name for t in stream], [row for row in store.rows() if row.done]
-    values: dict[int, Mapping[str, Sequence[float]]] = {}
-    for row in rows:
-        index = int(row.path.name.split("-", 1)[0])
-        joint = index > 0 and len(rows) - 1 < len(tasks) and row.name not in [_plain(t) for t in tasks]
-        at = len(tasks) if joint else index
-        values[at] = {
-            t.name: [p["score"] for p in read_jsonl(row.predictions(t.name))] for t in stream.all
-        }
-    return AccuracyMatrix.from_scores(tasks, [t.name for t in stream.unseen], values)
-
-
-def _parts(task: Task) -> list[str]:
-    """The stream's tasks that a stage teaches: itself, or those it joins."""
-    parts = task.meta.get("parts", [task.name])
-    assert isinstance(parts, list | tuple)
-    return [str(p) for p in parts]
-
-
-def _plain(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
-
-
-def _empty(r: Running) -> None:
-    r.model.adapters.mix = Mix()
-    for name in list(r.model.adapters.names):
-        r.model.adapters.remove(name)
-
-
-def _remember(r: Running, row: Row) -> None:
-    for name, cell in read_json(row.path / "cells.json").items():
-        r.cells[cell["key"]] = row.predictions(name)
+    values = {
+        len(row.learned): {t.name: [p["score"] for p in read_jsonl(row.predictions(t.name))] for t in stream.all}
+        for row in store.rows()
+        if row.done
+    }
+    ids = {t.name: [e.id for e in t.test] for t in stream.all}
+    return AccuracyMatrix.from_scores([t.name for t in stream], [t.name for t in stream.unseen], values, ids)
 
 
 def _cost(r: Running, stats: FitStats) -> dict[str, Any]:
-    trainable = sum(p.numel() for p in r.model.adapters.trainable().values())
-    per_token = 4 * r.model.flops_per_token() + 6 * trainable  # forward, gradient of activations, gradient of adapters
-    return {**asdict(stats), "trainable_parameters": trainable, "flops": per_token * stats.tokens}
+    # forward and the gradient of activations; adapters (forward, both gradients) besides
+    per_token = 2 * r.model.flops_per_token() + 6 * stats.trainable_parameters
+    return {**asdict(stats), "flops": per_token * stats.tokens}
 
 
-def _budget(r: Running, row: Row, before: Row | None, cells: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run has cost up to this row. FLOPs are estimates: 2 per parameter and token forward, 4 with backward."""
+def _budget(r: Running, row: Row, before: Row | None, cells: Mapping[str, Cell]) -> dict[str, Any]:
+    """What the run has cost up to this row.
+
+    FLOPs are estimates: per token and parameter 2 forward, 4 in training, 6 for adapters. Seconds and peak memory are
+    those of rank 0.
+    """
     bank = r.model.adapters
-    numbers = [p.numel() for name in bank.names for p in bank.parameters(name).values()]
-    state = _method_tensors(row)
-    fitted = read_json(row.path / "fit.json") if row.trained else {}
-    old = read_json(before.path / "budget.json") if before else {}
-    eval_s = sum(c["seconds"] for c in cells.values())
-    eval_flops = 2 * r.model.flops_per_token() * sum(c["tokens"] for c in cells.values())
+    numbers = sum(p.numel() for name in bank.names for p in bank.parameters(name).values())
+    state_numbers, state_bytes = _method_tensors(row)
+    fitted = read_record(row.path / "fit.json") if row.trained else {}
+    zero_shot = r.store.row(0, "zero_shot")
+    earlier = before or (zero_shot if row.index else None)
+    old = read_record(earlier.path / "budget.json") if earlier else {}
+    train_s, eval_s = fitted.get("seconds", 0.0), sum(c["seconds"] for c in cells.values())
     total = {
         "steps": fitted.get("steps", 0), "samples": fitted.get("samples", 0), "tokens": fitted.get("tokens", 0),
-        "train_flops": fitted.get("flops", 0.0), "eval_flops": eval_flops,
-        "train_s": fitted.get("seconds", 0.0), "eval_s": eval_s, "wall_s": fitted.get("seconds", 0.0) + eval_s,
+        "train_flops": fitted.get("flops", 0.0),
+        "eval_flops": r.model.flops_per_token() * sum(c["tokens"] for c in cells.values()),
+        "train_s": train_s, "eval_s": eval_s, "wall_s": train_s + eval_s,
     }  # fmt: skip
     total = {k: v + old.get(k, 0) for k, v in total.items()}
     peak = torch.cuda.max_memory_allocated() if r.model.device.type == "cuda" else _resident()
     return {
         **total,
         "flops": total["train_flops"] + total["eval_flops"],
-        "trainable_parameters": fitted.get("trainable_parameters", old.get("trainable_parameters", 0)),
-        "stored_parameters": sum(numbers) + state[0],
-        "stored_bytes": 4 * sum(numbers) + state[1],
-        "method_state_bytes": state[1],
+        "trainable_parameters": fitted.get("trainable_parameters", 0),
+        "stored_parameters": numbers + state_numbers,
+        "stored_bytes": 4 * numbers + state_bytes,
+        "method_state_bytes": state_bytes,
         "peak_memory_bytes": max(peak, old.get("peak_memory_bytes", 0)),
     }
 
 
 def _method_tensors(row: Row) -> tuple[int, int]:
+    """Numbers in the method's tensors, and bytes of its state on disk."""
     path = row.path / "method.safetensors"
     if not path.is_file():
         return 0, 0
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as f:
-        numel = sum(int(torch.tensor(f.get_slice(k).get_shape()).prod()) for k in f.keys())  # noqa: SIM118
-    return numel, path.stat().st_size + (row.path / "method.json").stat().st_size
+        shapes = [f.get_slice(k).get_shape() for k in f.keys()]  # noqa: SIM118
+    n_bytes = path.stat().st_size + path.with_suffix(".json").stat().st_size
+    return sum(int(torch.Size(shape).numel()) for shape in shapes), n_bytes
 
 
 def _resident() -> int:
+    """Peak resident memory of this process: kilobytes on Linux, bytes on macOS."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _describe(r: Running) -> None:
-    """Environment and data, once at the start; data that changed since then is refused."""
+    """Data, base model and environment, once at the start; data or a base that changed since then is refused.
+
+    Images given as paths count by name and size only (`retain.types.digest`): reading all of them would take minutes.
+    """
+    r.data |= {t.name: t.digest() for t in r.stream.all}
     if not r.engine.main:
         return
     data = {
-        t.name: {"train": len(t.train), "test": len(t.test), "score": t.score.name, "digest": t.digest()}
+        t.name: {"train": len(t.train), "test": len(t.test), "score": t.score.name, "digest": r.data[t.name]}
         for t in r.stream.all
     }
     file = r.store.path / "data.json"
-    if file.is_file():
-        old = read_json(file)
-        changed = [n for n in data if old.get(n, {}).get("digest") != data[n]["digest"]]
-        if changed or list(old) != sorted(data):
-            raise RetainError(f"{r.store.path}: the data of {changed or 'the stream'} changed since this run began")
-    else:
+    old = read_record(file) if file.is_file() else data
+    changed = [n for n in data if old.get(n, {}).get("digest") != data[n]["digest"]]
+    if changed or list(old) != list(data):
+        raise RetainError(f"{r.store.path}: the data of {changed or 'the stream'} changed since this run began")
+    if not file.is_file():
         write_json(file, data)
-    if not (r.store.path / "environment.json").is_file():
-        write_json(r.store.path / "environment.json", {**environment(), "model": r.model.fingerprint(), "seed": r.seed})
+    file, base = r.store.path / "environment.json", r.model.fingerprint()
+    old = read_record(file, "model") if file.is_file() else {"model": base}
+    if old["model"] != base:
+        raise RetainError(f"{r.store.path}: this run began with base model {old['model']}, not {base}")
+    if not file.is_file():
+        write_json(file, {**environment(), "model": base, "seed": r.seed})
 
 
 def environment() -> dict[str, Any]:
     """Versions, machine and git state."""
     packages = {}
-    for name in ("retain", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow"):
+    for name in PACKAGES:
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = "not installed as a package"
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
-    )
     return {
         "python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine(),
-        "threads": torch.get_num_threads(), "cuda": torch.version.cuda, "packages": packages,
-        "git": git.stdout.strip() or None,
+        "threads": torch.get_num_threads(), "cuda": torch.version.cuda, "packages": packages, "git": _git(),
     }  # fmt: skip
+
+
+def _git() -> str | None:
+    """Commit of the source tree, with -dirty where it has changes; None outside one."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:
+        return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +20,11 @@ from accelerate import PartialState
 from retain.method import FULL_GRADS, FULL_PARAMS, Method
 from retain.types import RetainError
 
+SHARDED = ("fsdp", "deepspeed")
 OFFERS = {
     "single": frozenset({FULL_GRADS, FULL_PARAMS}),
     "ddp": frozenset({FULL_GRADS, FULL_PARAMS}),
-    "fsdp": frozenset[str](),
-    "deepspeed": frozenset[str](),
+    **dict.fromkeys(SHARDED, frozenset[str]()),
 }
 
 
@@ -39,15 +40,15 @@ class Engine:
     @staticmethod
     def start(device: str = "auto") -> Engine:
         """The engine that the launcher set up; without a launcher one process."""
-        if "WORLD_SIZE" not in os.environ:
+        for kind in SHARDED:  # named only: their process groups are never started, `check` refuses them
+            if os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "false").lower() in {"1", "true"}:
+                rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+                return Engine(kind, rank, world)
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             chosen = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
             return Engine(device=torch.device(chosen))
         state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-        name = "ddp" if state.num_processes > 1 else "single"
-        for kind in ("FSDP", "DEEPSPEED"):
-            if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in {"1", "true"}:
-                name = kind.lower()
-        return Engine(name, state.process_index, state.num_processes, state.device)
+        return Engine("ddp", state.process_index, state.num_processes, state.device)
 
     @property
     def main(self) -> bool:
@@ -61,7 +62,7 @@ class Engine:
             if lacking:
                 able = [n for n, offer in OFFERS.items() if part.needs <= offer]
                 raise RetainError(f"method {part.name!r} needs {lacking}, which engine {self.name!r} hides; use {able}")
-        if self.name in {"fsdp", "deepspeed"}:
+        if self.name in SHARDED:
             raise RetainError(
                 f"engine {self.name!r} shards the base model, which retain does not drive; "
                 f"use data-parallel processes (accelerate launch --multi_gpu) or one process"
@@ -76,18 +77,16 @@ class Engine:
         return [float(v) for v in values.tolist()]
 
     def sum_grads(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """One flat all-reduce of every gradient. A parameter without a gradient on any process stays without."""
+        """One flat all-reduce of every gradient. A parameter without a gradient on every process stays without."""
         if self.world == 1 or not parameters:
             return
-        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
-        dist.all_reduce(has)
-        live = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
-        if not live:
-            return
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in live])
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        has = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+        flat = torch.cat([*(g.reshape(-1) for g in grads), has])
         dist.all_reduce(flat)
-        for p, part in zip(live, flat.split([p.numel() for p in live]), strict=True):
-            p.grad = part.view_as(p)
+        *parts, has = torch.split(flat, [*(p.numel() for p in parameters), len(parameters)])
+        for p, part, n in zip(parameters, parts, has.tolist(), strict=True):
+            p.grad = part.view_as(p) if n else None
 
     def gather(self, value: Any) -> list[Any]:
         """The same object of every process, in rank order."""
@@ -101,3 +100,8 @@ class Engine:
         """Until every process is here."""
         if self.world > 1:
             dist.barrier()
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """bf16 autocast ("bf16"), or nothing ("fp32")."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -1,14 +1,15 @@
 """Generate, score, one cell of the matrix: batched greedy answers with per-sample routing.
 
-Batches are fixed by the task alone (sorted by length), never by what was finished before, so that an interrupted
-evaluation ends with the same bytes as an uninterrupted one. A cell whose adapters, mix and task are those of an earlier
-row is copied instead of generated again.
+Batches are fixed by the task alone (sorted by length), never by what was finished before or by the number of
+processes, so that an interrupted evaluation ends with the same bytes as an uninterrupted one. A cell's key hashes all
+that its answers depend on: a cell whose adapters, mixes and task are those of an earlier one is copied, not generated.
 """
+
+# B samples of a batch
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 
 from retain.adapters.bank import Mix
-from retain.engine import Engine
+from retain.engine import Engine, autocast
+from retain.files import append_lines, mend, read_jsonl
 from retain.method import Context, Method
 from retain.models.base import Model
-from retain.store import append_lines, read_jsonl
 from retain.stream import Task
-from retain.types import Example, RetainError, digest
+from retain.types import RetainError, digest
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class EvalOptions:
             raise RetainError(f"eval.batch_size: must be at least 1, not {self.batch_size}")
         if self.precision not in ("fp32", "bf16"):
             raise RetainError(f"eval.precision: {self.precision!r} is none of ['fp32', 'bf16']")
+        if self.thumbnails < 0:
+            raise RetainError(f"eval.thumbnails: must not be negative, is {self.thumbnails}")
 
 
 @dataclass(frozen=True)
@@ -72,28 +75,33 @@ Plan = list[tuple[list[int], Mix]]
 
 
 def plan(model: Model, task: Task, method: Method | None, ctx: Context, options: EvalOptions) -> Plan:
-    """The batches of a cell with their mixes. Without a method: the bare base model (the zero-shot row)."""
+    """The batches of a cell with their mixes. Without a method, or without a router: the bank's mix."""
     lengths = [model.length(e) for e in task.test]
     order = sorted(range(len(task.test)), key=lambda i: (lengths[i], i))
     batches = [order[i : i + options.batch_size] for i in range(0, len(order), options.batch_size)]
+    if method is None or not method.owns("route"):
+        return [(rows, model.adapters.mix) for rows in batches]
     out: Plan = []
-    for rows in batches:
-        mix: Mix | None = Mix()
-        if method is not None:
-            with torch.no_grad():
-                mix = method.route(ctx, model.collate([task.test[i] for i in rows], answers=False))
-        out.append((rows, model.adapters.mix if mix is None else mix))
+    with torch.no_grad():
+        for rows in batches:
+            mix = method.route(ctx, model.collate([task.test[i] for i in rows], answers=False))
+            out.append((rows, model.adapters.mix if mix is None else mix))
     return out
 
 
-def cell_key(model: Model, task: Task, batches: Plan, digests: Mapping[str, str], options: EvalOptions) -> str:
-    """A hash of all that the answers of a cell depend on: task, batches, and the adapters that are on in any mix."""
+def cell_key(
+    model: Model, task: Task, batches: Plan, digests: Mapping[str, str], options: EvalOptions, data: str | None = None
+) -> str:
+    """A hash of all that the answers of a cell depend on: base, task, batches, and the adapters that are on.
+
+    `digests` are those of the bank's adapters; `data` is `task.digest()` where it is known already.
+    """
 
     def told(weights: Mapping[str, float | Tensor]) -> list[Any]:
-        return [[digests[n], w if isinstance(w, Tensor) else float(w)] for n, w in sorted(weights.items()) if _on(w)]
+        return [[name, digests[name], _plain(w)] for name, w in weights.items() if not _off(w)]
 
-    mixes = [[rows, told(m.weights), {str(i): told(w) for i, w in m.by_layer.items()}] for rows, m in batches]
-    return digest([model.fingerprint(), task.digest(), options.precision, mixes])
+    mixes = [[rows, told(m.weights), [[i, told(w)] for i, w in m.by_layer.items()]] for rows, m in batches]
+    return digest([model.fingerprint(), data or task.digest(), options.precision, mixes])
 
 
 def evaluate(
@@ -105,28 +113,33 @@ def evaluate(
     part: Path | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> list[Prediction]:
-    """Answers and scores for a whole test split, in its order.
+    """Answers and scores for a whole test split, in its order; the same list on every process.
 
-    With `part`, answers are appended there batch by batch and whole batches found there are not generated again.
+    With `part`, this process appends its answers to `<part><rank>` batch by batch, and batches found whole in any
+    `<part>*` (of an interrupted evaluation, with however many processes) are not generated again.
     """
     engine = engine or Engine()
-    answers = _earlier(part, task) if part else {}
-    mixes: dict[int, Mapping[str, float]] = {}
-    if part:
+    mine = None if part is None else part.with_name(f"{part.name}{engine.rank}")
+    found: dict[str, str] = {}
+    if part is not None and mine is not None:
         part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("a", encoding="utf8") if part else nullcontext() as handle:
-        for rows, mix in batches[engine.rank :: engine.world]:
-            for k, i in enumerate(rows):
-                mixes[i] = _told(mix, k)
-            if not all(i in answers for i in rows):
-                texts = _generate(model, task, rows, mix, options)
-                answers.update(zip(rows, texts, strict=True))
-                if handle is not None:
-                    append_lines(handle, [{"id": task.test[i].id, "prediction": answers[i]} for i in rows])
-            advance(len(rows))
-    answers = {i: t for share in engine.gather({i: answers[i] for i in mixes}) for i, t in share.items()}
-    mixes = {i: m for share in engine.gather(mixes) for i, m in share.items()}
-    return score(task, [answers[i] for i in range(len(task.test))], [mixes[i] for i in range(len(task.test))])
+        mend(mine)
+        for file in sorted(part.parent.glob(f"{part.name}*")):
+            found |= {row["id"]: row["prediction"] for row in read_jsonl(file)}
+    told: dict[int, tuple[str, Mapping[str, float]]] = {}
+    for rows, mix in batches[engine.rank :: engine.world]:
+        ids = [task.test[i].id for i in rows]
+        if all(i in found for i in ids):
+            texts = [found[i] for i in ids]
+        else:
+            texts = _generate(model, task, rows, mix, options)
+            if mine is not None:
+                append_lines(mine, [{"id": i, "prediction": text} for i, text in zip(ids, texts, strict=True)])
+        told |= {i: (text, _weights(mix, k)) for k, (i, text) in enumerate(zip(rows, texts, strict=True))}
+        advance(len(rows))
+    everyone = {i: row for share in engine.gather(told) for i, row in share.items()}
+    whole = [everyone[i] for i in range(len(task.test))]
+    return score(task, [text for text, _ in whole], [mix for _, mix in whole])
 
 
 def score(task: Task, texts: Sequence[str], mixes: Sequence[Mapping[str, float]] | None = None) -> list[Prediction]:
@@ -140,26 +153,20 @@ def score(task: Task, texts: Sequence[str], mixes: Sequence[Mapping[str, float]]
 
 
 def _generate(model: Model, task: Task, rows: Sequence[int], mix: Mix, options: EvalOptions) -> list[str]:
-    examples: list[Example] = [task.test[i] for i in rows]
-    cast = torch.autocast(model.device.type, torch.bfloat16) if options.precision == "bf16" else nullcontext()
-    with torch.no_grad(), cast, model.adapters.using(mix):
-        return model.generate(model.collate(examples, answers=False), task.max_new_tokens)
+    batch = model.collate([task.test[i] for i in rows], answers=False)
+    with torch.no_grad(), autocast(model.device, options.precision), model.adapters.using(mix):
+        return model.generate(batch, task.max_new_tokens)
 
 
-def _earlier(part: Path, task: Task) -> dict[int, str]:
-    if not part.is_file():
-        return {}
-    whole = part.read_bytes()
-    if not whole.endswith(b"\n"):  # a killed process can leave half a line, which the next append would join
-        part.write_bytes(whole[: whole.rfind(b"\n") + 1])
-    found = {row["id"]: row["prediction"] for row in read_jsonl(part)}
-    return {i: found[e.id] for i, e in enumerate(task.test) if e.id in found}
+def _off(weight: float | Tensor) -> bool:
+    return not isinstance(weight, Tensor) and weight == 0
 
 
-def _on(weight: float | Tensor) -> bool:
-    return isinstance(weight, Tensor) or weight != 0
+def _plain(weight: float | Tensor) -> Any:
+    return weight if isinstance(weight, Tensor) and weight.ndim else float(weight)
 
 
-def _told(mix: Mix, k: int) -> Mapping[str, float]:
+def _weights(mix: Mix, k: int) -> Mapping[str, float]:
     """The plain weights that sample k of a batch was answered with, rounded for the file."""
-    return {n: round(float(w[k]) if isinstance(w, Tensor) and w.ndim else float(w), 4) for n, w in mix.weights.items()}
+    plain = {name: _plain(w) for name, w in mix.weights.items()}
+    return {n: round(float(w[k]) if isinstance(w, Tensor) else w, 4) for n, w in plain.items()}

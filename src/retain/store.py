@@ -2,29 +2,27 @@
 
     run.json config.yaml environment.json data.json events.jsonl samples/<task>/*.png
     rows/00-zero_shot/  rows/01-<task>/ …   one per evaluated state of the model
-        adapters/<name>.safetensors  bank.json  method.json  method.safetensors  TRAINED
         checkpoint/                   mid-task state, gone once TRAINED is there
-        predictions/<task>.jsonl      cells.json  budget.json  DONE
+        adapters/<name>.safetensors  bank.json  method.json  method.safetensors  fit.json  TRAINED
+        predictions/<task>.jsonl  cells.json  budget.json  DONE
     matrix.json  DONE
 
 Everything is safetensors, JSON, JSONL or YAML; nothing is ever unpickled. A file is written under a temporary name,
-flushed and renamed; the marker of a stage (TRAINED, DONE) is written last.
+flushed and renamed; the marker of a stage (TRAINED, DONE) is written last. After a resume, events.jsonl may tell a
+step twice: the last one counts.
 """
 
 from __future__ import annotations
 
-import base64
 import fcntl
-import io
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,127 +33,101 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from retain.adapters.bank import AdapterBank, Mix
+from retain.files import (
+    append_lines,
+    mend,
+    read_json,
+    read_jsonl,
+    read_record,
+    write_atomic,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from retain.method import Method
+from retain.models.encode import open_image
 from retain.types import Example, Message, RetainError, digest
 
 FORMAT = 1
-
-
-# -- files --------------------------------------------------------------------------------------------------------
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Write under a temporary name in the same folder, flush to disk, rename. A full or read-only disk is named."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        with part.open("rb+") as f:
-            os.fsync(f.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True) if part.parent.is_dir() and os.access(part.parent, os.W_OK) else None
-        raise RetainError(f"cannot write {path}: {error.strerror or error}; what was saved before is kept") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """An atomic text file."""
-    write_atomic(path, lambda p: p.write_text(text, encoding="utf8") and None)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """An atomic JSON file with sorted keys."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file; a missing or broken one is an error that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except OSError as error:
-        raise RetainError(f"cannot read {path}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RetainError(f"{path} is not valid JSON ({error}); it was not written by retain, or was edited") from error
+NOT_THE_RECIPE = frozenset({"out", "track"})
+"""Keys of a config that do not decide what is computed: a run continues where they differ."""
 
 
 # -- states -------------------------------------------------------------------------------------------------------
 
 
 def save_state(stem: Path, value: Any) -> None:
-    """Nested dicts and lists of tensors, numbers, strings and Examples as `stem.json` + `stem.safetensors`."""
+    """A nest of dicts, lists, tuples, sets, tensors, arrays, numbers, strings and Examples as JSON + safetensors.
+
+    Anything else is a RetainError that names its type.
+    """
     tensors: dict[str, Tensor] = {}
     skeleton = _pack(value, tensors)
     write_atomic(stem.with_suffix(".safetensors"), lambda p: save_file(tensors, p))
     write_json(stem.with_suffix(".json"), skeleton)
 
 
-def load_state(stem: Path) -> Any:
-    """The inverse of `save_state`."""
-    return _unpack(read_json(stem.with_suffix(".json")), load_tensors(stem.with_suffix(".safetensors")))
+def load_state(stem: Path, device: torch.device | str = "cpu") -> Any:
+    """The inverse of `save_state`. A tensor goes back to where it was: the CPU, or the accelerator (`device`)."""
+    skeleton = read_json(stem.with_suffix(".json"))
+    return _unpack(skeleton, load_tensors(stem.with_suffix(".safetensors")), torch.device(device))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file; a missing or corrupt one is an error that names it."""
     try:
-        return load_file(path)
+        # Cloned: a tensor inside the mapped file is aligned differently, and sums may then differ in the last bit.
+        return {k: v.clone() for k, v in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise RetainError(f"cannot read {path}: {error}") from error
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """An atomic safetensors file."""
+    write_atomic(path, lambda p: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, p))
+
+
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        key = f"t{len(tensors):05d}"
-        tensors[key] = value.detach().cpu().contiguous().clone()
-        return {"$tensor": key}
-    if isinstance(value, Example):
-        return {"$example": _pack_example(value)}
-    if isinstance(value, Mapping):
-        return {"$dict": [[k, _pack(v, tensors)] for k, v in value.items()]}
-    if isinstance(value, list | tuple | set | frozenset):
-        items = sorted(value) if isinstance(value, set | frozenset) else value
-        kind = "$tuple" if isinstance(value, tuple) else "$list" if isinstance(value, list) else "$set"
-        return {kind: [_pack(v, tensors) for v in items]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Tensor | np.ndarray):
+        t, key = torch.as_tensor(value), f"t{len(tensors):05d}"
+        tensors[key] = t.detach().cpu().contiguous().clone()
+        return {"$tensor" if isinstance(value, Tensor) else "$array": [key, t.device.type != "cpu"]}
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, PILImage.Image):
+        return _pack(np.array(value.convert("RGB")), tensors)
+    if isinstance(value, Path):
+        return {"$path": str(value)}
+    if isinstance(value, Example):
+        turns = [(m.role, m.text, m.images) for m in value.messages]
+        body = (value.id, turns, value.images, value.references, dict(value.meta))
+        return {"$example": [_pack(v, tensors) for v in body]}
+    if isinstance(value, Mapping):
+        return {"$dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
+    for kind, types in (("$list", list), ("$tuple", tuple), ("$set", set | frozenset)):
+        if isinstance(value, types):
+            return {kind: [_pack(v, tensors) for v in (sorted(value) if kind == "$set" else value)]}
     raise RetainError(f"a method's state holds a {type(value).__name__}, which cannot be saved without pickle")
 
 
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
     if not isinstance(value, dict):
         return value
     kind, body = next(iter(value.items()))
-    if kind == "$tensor":
-        return tensors[body]
-    if kind == "$example":
-        return _unpack_example(body)
+    if kind in ("$tensor", "$array"):
+        tensor = tensors[body[0]]
+        return tensor.numpy() if kind == "$array" else tensor.to(device) if body[1] else tensor
+    if kind == "$path":
+        return Path(body)
     if kind == "$dict":
-        return {k: _unpack(v, tensors) for k, v in body}
-    items = [_unpack(v, tensors) for v in body]
-    return {"$tuple": tuple, "$list": list, "$set": set}[kind](items)
-
-
-def _pack_example(e: Example) -> dict[str, Any]:
-    images = [str(i) if isinstance(i, Path) else {"png": base64.b64encode(_png(i)).decode()} for i in e.images]
-    turns = [[m.role, m.text, m.images] for m in e.messages]
-    return {"id": e.id, "messages": turns, "images": images, "references": list(e.references), "meta": dict(e.meta)}
-
-
-def _unpack_example(body: Mapping[str, Any]) -> Example:
-    def image(v: Any) -> Any:
-        return Path(v) if isinstance(v, str) else np.asarray(PILImage.open(io.BytesIO(base64.b64decode(v["png"]))))
-
-    messages = tuple(Message(*turn) for turn in body["messages"])
-    images = tuple(image(v) for v in body["images"])
-    return Example(body["id"], messages, images, tuple(body["references"]), body["meta"])
-
-
-def _png(source: Any) -> bytes:
-    out = io.BytesIO()
-    picture = PILImage.fromarray(source) if isinstance(source, np.ndarray) else source
-    picture.save(out, "png")
-    return out.getvalue()
+        return {_unpack(k, tensors, device): _unpack(v, tensors, device) for k, v in body}
+    items = [_unpack(v, tensors, device) for v in body]
+    if kind == "$example":
+        name, turns, images, references, meta = items
+        return Example(name, tuple(Message(*turn) for turn in turns), images, references, meta)
+    return {"$list": list, "$tuple": tuple, "$set": set}[kind](items)
 
 
 # -- the run folder -----------------------------------------------------------------------------------------------
@@ -178,11 +150,14 @@ class RunDir:
             found = read_json(head)
             if not isinstance(found, dict) or found.get("format") != FORMAT:
                 raise RetainError(f"{head}: not a run of this version of retain (format {FORMAT})")
-            _same_config(run.path, found["config"], wanted)
-        elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            if changed := differences(found.get("config", {}), wanted):
+                said = "; ".join(changed[:3])
+                raise RetainError(f"{run.path} holds a run of another recipe ({said}); choose another folder with out=DIR")
+        elif _foreign(run.path) and not head.is_file():  # another rank may just have made it
             raise RetainError(f"{run.path} exists and is not a run folder (no run.json); choose another with out=DIR")
         elif main:
             write_json(head, {"format": FORMAT, "name": run.path.name, "config": wanted})
+        if main and not (run.path / "config.yaml").is_file():
             write_text(run.path / "config.yaml", yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
         return run
 
@@ -197,7 +172,7 @@ class RunDir:
     @property
     def config(self) -> dict[str, Any]:
         """The resolved recipe that the run was made with."""
-        config: dict[str, Any] = read_json(self.path / "run.json")["config"]
+        config: dict[str, Any] = read_record(self.path / "run.json", "config")["config"]
         return config
 
     @property
@@ -207,7 +182,7 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time writes to a run; a second one is told so."""
+        """One process at a time writes to a run; a second one is told so. The lock goes with its process."""
         if not self.main:
             yield
             return
@@ -220,40 +195,32 @@ class RunDir:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RetainError(f"another process is writing to {self.path}; wait for it or choose out=DIR") from None
+            mend(self.path / "events.jsonl")
             yield
 
     def row(self, index: int, name: str) -> Row:
         """The folder of one row of the matrix; row 0 is the zero-shot row."""
-        return Row(self.path / "rows" / f"{index:02d}-{_safe(name)}", self)
+        return Row(self.path / "rows" / f"{index:02d}-{safe(name)}", self)
 
     def rows(self) -> list[Row]:
         """All rows on disk, in order."""
-        return [Row(p, self) for p in sorted((self.path / "rows").glob("[0-9][0-9]*-*")) if p.is_dir()]
+        found = [Row(p, self) for p in (self.path / "rows").glob("[0-9][0-9]*-*") if p.is_dir()]
+        return sorted(found, key=lambda row: row.index)
 
     def event(self, **fields: Any) -> None:
         """Append one line to events.jsonl."""
-        if not self.main:
-            return
-        line = json.dumps({"time": round(time.time(), 3), **fields}, default=float, ensure_ascii=False)
-        try:
-            with (self.path / "events.jsonl").open("a", encoding="utf8") as f:
-                f.write(line + "\n")
-        except OSError as error:
-            raise RetainError(f"cannot write {self.path / 'events.jsonl'}: {error.strerror}") from error
+        if self.main:
+            append_lines(self.path / "events.jsonl", [{"time": round(time.time(), 3), **fields}])
 
     def sample(self, task: str, example: Example, side: int = 160) -> str | None:
         """Keep a thumbnail of an example's first image for the report; its path inside the run, None without image."""
         if not example.images:
             return None
-        name = f"samples/{_safe(task)}/{digest(example.id)}.png"
+        name = f"samples/{safe(task)}/{digest(example.id)}.png"
         if self.main and not (self.path / name).is_file():
-            source = example.images[0]
-            picture = source if isinstance(source, PILImage.Image) else None
-            if picture is None:
-                picture = PILImage.fromarray(source) if isinstance(source, np.ndarray) else PILImage.open(source)
-            picture = picture.convert("RGB")
+            picture = open_image(example.images[0], example.id)
             picture.thumbnail((side, side))
-            write_atomic(self.path / name, lambda p: picture.save(p, "png"))
+            write_atomic(self.path / name, lambda p: picture.save(p, "png"), durable=False)
         return name
 
 
@@ -263,6 +230,11 @@ class Row:
 
     path: Path
     run: RunDir
+
+    @property
+    def index(self) -> int:
+        """0 is the zero-shot row, i the row after the i-th stage."""
+        return int(self.path.name.split("-", 1)[0])
 
     @property
     def name(self) -> str:
@@ -279,56 +251,64 @@ class Row:
         """Everything of this row is saved."""
         return (self.path / "DONE").is_file()
 
+    @property
+    def learned(self) -> list[str]:
+        """The tasks of the stream that were learned up to this row."""
+        return list(read_record(self.path / "fit.json", "learned")["learned"]) if self.trained else []
+
     def mark(self, word: str) -> None:
         """Write a marker file."""
         write_text(self.path / word, "")
 
     def save_model(self, bank: AdapterBank, method: Method, stats: Mapping[str, Any], before: Row | None) -> None:
         """Adapters that changed since the row before, what is on, and the method's state; then TRAINED."""
-        old = read_json(before.path / "bank.json")["adapters"] if before else {}
+        old = before.adapters() if before else {}
         files: dict[str, dict[str, str]] = {}
         for name in bank.names:
             state = bank.state(name)
-            mark = digest(state)
-            if name in old and old[name]["digest"] == mark:
+            files[name] = {"digest": digest(state), "file": f"rows/{self.path.name}/adapters/{name}.safetensors"}
+            if name in old and old[name]["digest"] == files[name]["digest"]:
                 files[name] = old[name]
-                continue
-            target = self.path / "adapters" / f"{name}.safetensors"
-            write_atomic(target, lambda p, state=state: save_file({k: v.cpu() for k, v in state.items()}, p))
-            files[name] = {"digest": mark, "file": target.relative_to(self.run.path).as_posix()}
+            else:
+                save_tensors(self.run.path / files[name]["file"], state)
         save_state(self.path / "method", method.state_dict())
         write_json(self.path / "fit.json", dict(stats))
-        write_json(
-            self.path / "bank.json", {"adapters": files, "mix": bank.mix.to_json(), "signature": bank.signature}
-        )
+        write_json(self.path / "bank.json", {"adapters": files, "mix": bank.mix.to_json(), "signature": bank.signature})
         self.mark("TRAINED")
-        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+        self.checkpoints().clear()
+
+    def adapters(self) -> dict[str, dict[str, str]]:
+        """Digest and file (relative to the run) of every adapter, in the bank's order; empty before any training."""
+        found = read_record(self.path / "bank.json", "adapters")["adapters"] if self.trained else {}
+        return dict(found)
 
     def load_model(self, bank: AdapterBank, method: Method | None) -> None:
-        """Put the row's adapters, mix and method state back."""
-        head = read_json(self.path / "bank.json")
-        ours = json.loads(json.dumps(bank.signature, default=str))
-        for key, value in head["signature"].items():
-            if ours.get(key) != value:
-                raise RetainError(f"{self.path}: adapters of another model: {key} is {value!r} there, {ours.get(key)!r} here")
-        bank.mix = Mix()
-        for name in [n for n in bank.names if n not in head["adapters"]]:
-            bank.remove(name)
-        for name, entry in head["adapters"].items():
-            if name not in bank.names:
-                bank.add(name)
-            bank.load(name, load_tensors(self.run.path / entry["file"]))
+        """Make the bank hold the row's adapters and mix, nothing else, and give the method its state back."""
+        head = read_record(self.path / "bank.json", "adapters", "mix", "signature")
+        if changed := differences(head["signature"], json.loads(json.dumps(bank.signature, default=str))):
+            raise RetainError(f"{self.path}: adapters of another model ({'; '.join(changed[:3])})")
+        states = {name: load_tensors(self.run.path / entry["file"]) for name, entry in head["adapters"].items()}
+        empty(bank)
+        for name, state in states.items():
+            bank.add(name, torch.Generator())  # a generator of its own: what it draws is overwritten
+            bank.load(name, state)
         bank.mix = Mix.from_json(head["mix"])
         if method is not None:
-            method.load_state_dict(load_state(self.path / "method"))
+            device = next((p.device for name in bank.names for p in bank.parameters(name).values()), "cpu")
+            method.load_state_dict(load_state(self.path / "method", device))
 
-    def checkpoints(self) -> CheckpointDir:
+    def checkpoints(self, device: torch.device | str = "cpu") -> CheckpointDir:
         """Where `fit` leaves its state in the middle of this row's task."""
-        return CheckpointDir(self.path / "checkpoint", self.run.main)
+        return CheckpointDir(self.path / "checkpoint", self.run.main, device)
 
     def predictions(self, task: str) -> Path:
         """The file of one cell's predictions."""
-        return self.path / "predictions" / f"{_safe(task)}.jsonl"
+        return self.path / "predictions" / f"{safe(task)}.jsonl"
+
+    def cells(self) -> dict[str, Any]:
+        """What is known of the finished cells, by task."""
+        path = self.path / "cells.json"
+        return read_record(path) if path.is_file() else {}
 
 
 @dataclass
@@ -337,74 +317,74 @@ class CheckpointDir:
 
     path: Path
     main: bool = True
+    device: torch.device | str = "cpu"
+
+    def newest(self) -> str | None:
+        """The slot that holds a complete checkpoint."""
+        pointer = self.path / "newest.json"
+        return str(read_record(pointer, "stem")["stem"]) if pointer.is_file() else None
 
     def load(self) -> dict[str, Any] | None:
         """The newest complete checkpoint, or None."""
-        pointer = self.path / "newest.json"
-        if not pointer.is_file():
-            return None
-        state: dict[str, Any] = load_state(self.path / read_json(pointer)["stem"])
-        return state
+        stem = self.newest()
+        try:
+            return None if stem is None else dict(load_state(self.path / stem, self.device))
+        except RetainError as error:
+            raise RetainError(f"{error}; remove {self.path} to train this task from its start") from error
 
     def save(self, state: dict[str, Any]) -> None:
         """Write to the slot that the pointer does not name, then move the pointer."""
-        if not self.main:
-            return
-        pointer = self.path / "newest.json"
-        used = read_json(pointer)["stem"] if pointer.is_file() else "b"
-        stem = "a" if used == "b" else "b"
-        save_state(self.path / stem, state)
-        write_json(pointer, {"stem": stem})
+        if self.main:
+            stem = "b" if self.newest() == "a" else "a"
+            save_state(self.path / stem, state)
+            write_json(self.path / "newest.json", {"stem": stem})
+
+    def clear(self) -> None:
+        """Forget the checkpoints, the pointer first: a kill in between must not leave it pointing at nothing."""
+        if self.main and self.path.is_dir():
+            (self.path / "newest.json").unlink(missing_ok=True)
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
-def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """An atomic JSONL file."""
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+def empty(bank: AdapterBank) -> None:
+    """Take every adapter out of the bank."""
+    bank.mix = Mix()
+    for name in list(bank.names):
+        bank.remove(name)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """A JSONL file. A torn last line, as a killed process leaves it, is left out; any other bad line is an error."""
-    try:
-        lines = path.read_text(encoding="utf8", errors="replace").split("\n")
-    except OSError as error:
-        raise RetainError(f"cannot read {path}: {error.strerror}") from error
-    out = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            out.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise RetainError(f"{path}, line {number}: not valid JSON ({error})") from error
-    return out
-
-
-def append_lines(handle: IO[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows and flush, so that a killed evaluation keeps them."""
-    handle.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    handle.flush()
-
-
-def seeded(seed: int) -> None:
-    """Give the global generator a known state; only code outside retain could draw from it."""
-    torch.manual_seed(seed)
-
-
-def _safe(name: str) -> str:
+def safe(name: str) -> str:
+    """A task's name as a file name."""
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
 
 
-def _same_config(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    flat_a, flat_b = _flat(found), _flat(wanted)
-    keys = [k for k in sorted(flat_a.keys() | flat_b.keys()) if flat_a.get(k) != flat_b.get(k) and k != "out"]
-    if keys:
-        said = "; ".join(f"{k}: {flat_a.get(k)!r} there, {flat_b.get(k)!r} here" for k in keys[:3])
-        raise RetainError(f"{path} holds a run of another recipe ({said}); choose another folder with out=DIR")
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What two configs say differently, key by key."""
+    a, b = _flat(there), _flat(here)
+    keys = [k for k in sorted(a.keys() | b.keys()) if k.split(".")[0] not in NOT_THE_RECIPE]
+    unlike = [k for k in keys if (k in a, a.get(k)) != (k in b, b.get(k))]
+    return [f"{k}: {_say(a, k)} there, {_say(b, k)} here" for k in unlike]
+
+
+def _say(flat: Mapping[str, Any], key: str) -> str:
+    text = repr(flat[key]) if key in flat else "nothing"
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and value:
         return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): value}
+
+
+def _foreign(path: Path) -> bool:
+    """Whether something is there that a run killed at its first breath cannot have left."""
+    ours = {".run.json.part", "run.lock"}
+    return path.exists() and (not path.is_dir() or any(p.name not in ours for p in path.iterdir()))
+
+
+__all__ = [
+    "FORMAT", "CheckpointDir", "Row", "RunDir", "append_lines", "differences", "empty", "load_state", "load_tensors",
+    "mend", "read_json", "read_jsonl", "read_record", "safe", "save_state", "save_tensors", "write_atomic",
+    "write_json", "write_jsonl", "write_text",
+]  # fmt: skip

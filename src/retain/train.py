@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from retain.engine import Engine
+from retain.engine import Engine, autocast
 from retain.method import Context, Method
 from retain.models.base import Model
 from retain.types import Examples, RetainError
@@ -86,6 +86,7 @@ class FitStats:
     tokens: int = 0
     seconds: float = 0.0
     last_loss: float = math.nan
+    trainable_parameters: int = 0
 
 
 class Checkpoints(Protocol):
@@ -106,8 +107,9 @@ def fit(
 ) -> FitStats:
     """Train one task (`ctx.task`), hooks included, and leave the model with the method's mix switched on.
 
-    With `checkpoints` it continues after the last one, bit for bit as if nothing had happened: the hooks that come
-    before the first step run again (they draw from `ctx.rng` only), then the saved state replaces theirs.
+    With `checkpoints` it continues after the last one, bit for bit as if nothing had happened. The caller gives it bank
+    and method as they were before the task: the hooks that come before the first step run again (they draw from
+    `ctx.rng` only), then the saved state replaces theirs.
     """
     engine, bank = engine or Engine(), model.adapters
     ctx.step, ctx.batch_size = 0, optim.batch_size
@@ -117,34 +119,33 @@ def fit(
     ctx.n_steps = n_steps = optim.n_steps(len(examples))
     if not len(examples) or not n_steps:
         raise RetainError(f"task {ctx.task.name!r}: nothing to train on ({len(examples)} examples, {n_steps} steps)")
-    weights = bank.trainable()
-    parameters = list(weights.values())
+    parameters = list(bank.trainable().values())
     if not parameters:
         raise RetainError(f"task {ctx.task.name!r}: method {method.name!r} trains no adapter")
     optimizer = make_optimizer(model, optim)
     order = batches(model, examples, ctx, optim, n_steps)
-    stats, losses = FitStats(), []
     saved = checkpoints.load() if checkpoints else None
-    if saved is not None:
-        stats = _restore(saved, model, method, optimizer)
+    stats = FitStats() if saved is None else _restore(saved, model, method, optimizer)
+    stats.trainable_parameters = sum(p.numel() for p in parameters)
     started = time.perf_counter() - stats.seconds
-    model.train(True)
-    with _grad_checkpointing(model, optim.grad_checkpointing):
+    losses: list[Tensor] = []
+    with _training(model, optim):
         for step in range(stats.steps, n_steps):
-            ctx.step = step
+            ctx.step, last = step, step + 1 == n_steps
             torch.manual_seed(_step_seed(ctx, engine.rank))  # dropout: owned by the step, so a resume needs no state
             optimizer.zero_grad(set_to_none=True)  # here, not at the end: after_step reads .grad
             rows = order[step][engine.rank :: engine.world]
             micros = [model.collate([examples[i] for i in part], answers=True) for part in _split(rows, optim, engine)]
             n_answer, n_tokens = engine.total(sum(b.n_answer for b in micros), sum(_tokens(b.inputs) for b in micros))
-            loss = torch.zeros((), device=model.device)
+            loss = torch.zeros(2, device=model.device)
             for batch in micros:
-                with autocast(model, optim.precision):
+                with autocast(model.device, optim.precision):
                     out = model(batch)
                     term = method.loss(ctx, batch, out)
                 share = batch.n_answer / n_answer
                 ((out.loss + term) * share).backward()  # type: ignore[no-untyped-call]
-                loss += out.loss.detach() * share
+                loss += torch.stack([out.loss.detach(), torch.as_tensor(term, device=loss.device).detach()]) * share
+            losses.append(loss)
             engine.sum_grads(parameters)
             if optim.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm)
@@ -153,16 +154,14 @@ def fit(
                 group["lr"] = group["top_lr"] * optim.rate(step, n_steps)
             optimizer.step()
             method.after_step(ctx)
-            losses.append(loss)
             stats.steps, stats.samples, stats.tokens = step + 1, stats.samples + len(order[step]), stats.tokens + int(n_tokens)
-            last = step + 1 == n_steps
-            if last or (step + 1) % optim.log_every == 0:
-                stats.last_loss = _flush(losses, ctx, engine, optimizer)
-                on_step(step + 1, stats.last_loss)
-            if checkpoints and not last and optim.checkpoint_every and (step + 1) % optim.checkpoint_every == 0:
+            save = checkpoints and optim.checkpoint_every and stats.steps % optim.checkpoint_every == 0 and not last
+            if last or save or stats.steps % optim.log_every == 0:
+                stats.last_loss = _flush(losses, ctx, engine, optimizer)  # before a checkpoint: it holds only finite steps
+                on_step(stats.steps, stats.last_loss)
+            if checkpoints and save:
                 stats.seconds = time.perf_counter() - started
                 checkpoints.save(_snapshot(stats, model, method, optimizer))
-    model.train(False)
     optimizer.zero_grad(set_to_none=True)
     method.end_task(ctx)
     stats.seconds = time.perf_counter() - started
@@ -205,16 +204,24 @@ def batches(model: Model, examples: Examples, ctx: Context, optim: Optim, n_step
     return out
 
 
-def autocast(model: Model, precision: str) -> AbstractContextManager[Any]:
-    """bf16 autocast on the model's device, or nothing."""
-    return torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def _grad_checkpointing(model: Model, on: bool) -> AbstractContextManager[Any]:
-    if not on:
-        return nullcontext()
-    switch: AbstractContextManager[Any] = model.gradient_checkpointing()  # type: ignore[attr-defined]
-    return switch
+@contextmanager
+def _training(model: Model, optim: Optim) -> Iterator[None]:
+    """Training mode, gradient checkpointing if asked for, and the global generator given back as it was."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    hf = getattr(model, "hf", None)
+    if optim.grad_checkpointing and hf is None:
+        raise RetainError("optim.grad_checkpointing: this model is no Hugging Face model and cannot")
+    with torch.random.fork_rng(devices):
+        model.train(True)
+        if optim.grad_checkpointing:
+            # non-reentrant: adapters get gradients although the block inputs need none
+            hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr]
+        try:
+            yield
+        finally:
+            if optim.grad_checkpointing:
+                hf.gradient_checkpointing_disable()  # type: ignore[union-attr]
+            model.train(False)
 
 
 def _split(rows: list[int], optim: Optim, engine: Engine) -> Iterator[list[int]]:
@@ -222,9 +229,9 @@ def _split(rows: list[int], optim: Optim, engine: Engine) -> Iterator[list[int]]
     return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def _tokens(inputs: Any) -> int:
+def _tokens(inputs: Mapping[str, Tensor]) -> int:
     mask = inputs.get("attention_mask")
-    return int(mask.sum()) if mask is not None else int(inputs["input_ids"].numel())
+    return int(inputs["input_ids"].numel() if mask is None else mask.sum())
 
 
 def _step_seed(ctx: Context, rank: int) -> int:
@@ -233,30 +240,32 @@ def _step_seed(ctx: Context, rank: int) -> int:
 
 
 def _flush(losses: list[Tensor], ctx: Context, engine: Engine, optimizer: torch.optim.Optimizer) -> float:
-    """Log the losses gathered since the last flush: the only host sync of the loop."""
-    local = torch.stack(losses).tolist()
+    """Log the answer losses and the method's terms since the last flush: the only host sync of one process."""
+    n = len(losses)
+    values = engine.total(*torch.stack(losses, dim=1).flatten().tolist())
     losses.clear()
-    values = engine.total(*local)
-    if not all(map(math.isfinite, values)):
-        bad = ctx.step + 1 - len(values) + next(i for i, v in enumerate(values) if not math.isfinite(v))
+    answer, terms = values[:n], values[n:]
+    first = ctx.step + 1 - n
+    bad = next((i for i, (a, t) in enumerate(zip(answer, terms, strict=True), first + 1) if not math.isfinite(a + t)), None)
+    if bad is not None:
         raise RetainError(f"task {ctx.task.name!r}: the loss is not finite at step {bad}; lower optim.lr or check the data")
     rates = {str(g["name"]): g["lr"] for g in optimizer.param_groups}
-    first = ctx.step + 1 - len(values)
-    ctx.log(kind="step", task=ctx.task.name, step=ctx.step + 1, loss=values[-1], losses=values, first=first, lr=rates)
-    return values[-1]
+    method = {"method": terms[-1]} if any(terms) else {}
+    ctx.log(
+        kind="step", task=ctx.task.name, step=ctx.step + 1, loss=answer[-1], losses=answer, first=first, lr=rates, **method
+    )
+    return answer[-1]
 
 
 def _snapshot(stats: FitStats, model: Model, method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    states = {name: model.adapters.state(name) for name in model.adapters.names}
-    slots = [{k: v for k, v in optimizer.state[p].items()} for g in optimizer.param_groups for p in g["params"]]
-    return {"stats": asdict(stats), "adapters": states, "method": method.state_dict(), "optimizer": slots}
+    adapters = {name: model.adapters.state(name) for name in model.adapters.names}
+    state = {"adapters": adapters, "method": method.state_dict(), "optimizer": optimizer.state_dict()}
+    return {"stats": asdict(stats), **state}
 
 
-def _restore(saved: dict[str, Any], model: Model, method: Method, optimizer: torch.optim.Optimizer) -> FitStats:
+def _restore(saved: Mapping[str, Any], model: Model, method: Method, optimizer: torch.optim.Optimizer) -> FitStats:
     for name, state in saved["adapters"].items():
         model.adapters.load(name, state)
     method.load_state_dict(saved["method"])
-    parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    for p, slot in zip(parameters, saved["optimizer"], strict=True):
-        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in slot.items()}
+    optimizer.load_state_dict(saved["optimizer"])
     return FitStats(**saved["stats"])

@@ -1,0 +1,118 @@
+"""Files that survive a kill: written under a temporary name, flushed to disk, renamed; torn lines cut off.
+
+JSON keeps the order of its keys: the order of adapters is the order of sums, and so part of the result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from retain.types import RetainError
+
+
+def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
+    """The old file or the new one, never half of it. A full or read-only disk is a RetainError that names the file.
+
+    `durable` also survives a power cut (the file and its folder are flushed to disk); a kill is survived without.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        if durable:
+            _flush(part)
+        part.replace(path)
+        if durable:
+            _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            part.unlink()
+        said = getattr(error, "strerror", None) or error
+        raise RetainError(f"cannot write {path}: {said}; what was saved before is kept") from error
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """An atomic text file."""
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """An atomic JSON file, keys in their order."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """An atomic JSONL file."""
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows in one write, so that a kill leaves whole lines and at most one torn one at the end."""
+    try:
+        with path.open("a", encoding="utf8") as f:
+            f.write("".join(json.dumps(r, default=float, ensure_ascii=False) + "\n" for r in rows))
+    except OSError as error:
+        raise RetainError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def mend(path: Path) -> None:
+    """Cut a torn last line off a JSONL file, which the next append would join. No file is fine."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as f:
+        whole = f.read()
+        if whole and not whole.endswith(b"\n"):
+            f.truncate(whole.rfind(b"\n") + 1)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; a missing or broken one is an error that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except OSError as error:
+        raise RetainError(f"cannot read {path}: {error.strerror or error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RetainError(f"{path} is not valid JSON ({error}); it was not written by retain, or was edited") from error
+
+
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object that has at least these keys; anything else is an error that names the file."""
+    value = read_json(path)
+    lacking = [k for k in keys if not isinstance(value, dict) or k not in value]
+    if lacking or not isinstance(value, dict):
+        raise RetainError(f"{path} was not written by retain, or was edited: {lacking or 'an object'} missing")
+    return value
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """A JSONL file. A torn last line, as a killed process leaves it, is left out; any other bad line is an error."""
+    try:
+        lines = path.read_text(encoding="utf8", errors="replace").split("\n")
+    except OSError as error:
+        raise RetainError(f"cannot read {path}: {error.strerror or error}") from error
+    out = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise RetainError(f"{path}, line {number}: not valid JSON ({error})") from error
+    return out
