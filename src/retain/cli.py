@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from typer.core import TyperGroup
 
 from retain import __version__
-from retain.types import RetainError
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, such as seed=3 or optim.lr=1e-3", show_default=False)
@@ -35,6 +34,8 @@ class _Commands(TyperGroup):
     """All commands, with one place where errors become messages."""
 
     def invoke(self, ctx: Any) -> Any:
+        from retain.types import RetainError  # here, not above: it imports torch, and --help need not wait
+
         try:
             return super().invoke(ctx)
         except RetainError as error:
@@ -134,7 +135,9 @@ def run(
     r = config.load(recipe, overrides or [])
     engine = Engine.start(r.model.device)
     method, resolved = r.build_method(), r.resolved()
-    RunDir.open(r.out, resolved, main=False)  # a folder of another recipe is refused before anything is read
+    RunDir.open(
+        r.out, resolved, main=False
+    )  # a folder of another recipe is refused before anything is loaded
     stream = r.build_stream()
     model = r.build_model(engine.device)
     checked = RunDir(r.out, main=False)
@@ -247,9 +250,9 @@ def evaluate(
 ) -> None:
     """Score the saved answers again, without training or generating; nothing is written."""
     from retain.metrics import render
-    from retain.rescore import rescore, rescore_rows
+    from retain.rescore import cell_rows, rescore
 
-    render.show(rescore_rows(rescore(run_folder, tasks=task or (), after=after, scorer=score)))
+    render.show(cell_rows(rescore(run_folder, tasks=task or (), after=after, scorer=score)))
 
 
 @app.command()

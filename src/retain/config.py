@@ -2,8 +2,8 @@
 
     recipe.yaml ─► plain dict ─► overrides ─► Recipe ─► build_model(), build_stream(), build_method()
 
-Every message starts with the file (or the override) and the path of the key. Paths in a recipe are relative to
-the recipe. The reading itself, strict and by YAML 1.2, is in `retain.values`.
+Every message starts with the file (or the override) and the path of the key. Paths in a recipe are relative
+to the recipe. The reading itself, strict and by YAML 1.2, is in `retain.values`.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Recipe:
             raise type(error)(f"{self.path}: {error}") from None
 
 
-# -- reading -----------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------------
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -289,7 +289,7 @@ def _prefixed(where: str, call: Any) -> Any:
         raise type(error)(f"{where}: {error}") from None
 
 
-# -- paths -------------------------------------------------------------------------------------------------
+# -- paths -----------------------------------------------------------------------------------------------
 
 
 def _place(name: str, base: Path) -> str:
@@ -304,9 +304,12 @@ def _place(name: str, base: Path) -> str:
 def model_source(name: str) -> str:
     """What to load: the shipped weights for `pocket`, a directory, or a Hub id (`owner/name`)."""
     if name == "pocket":
-        from retain.models import pocket
+        from retain.models.pocket import pocket_path
 
-        return str(Path(str(pocket.__file__)).parent / "weights")
+        try:
+            return str(pocket_path())
+        except FileNotFoundError as error:
+            raise RetainError(f"model: {error}") from None
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" not in name
     if looks_local and not Path(name).expanduser().is_dir():
         raise RetainError(
@@ -335,7 +338,7 @@ def _absolute(stream: Plain, base: Path) -> Plain:
     return {**stream, **lists, "image_root": root}
 
 
-# -- building ----------------------------------------------------------------------------------------------
+# -- building --------------------------------------------------------------------------------------------
 
 
 def benchmark_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""What methods there are, and which part of a stack acts at which hook: `retain methods`, `retain explain`."""
+"""What methods there are, and which part of a stack acts at which hook (`retain methods`, `explain`)."""
 
 from __future__ import annotations
 

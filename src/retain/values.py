@@ -69,7 +69,7 @@ def read_yaml(text: str, where: str) -> Any:
         raise RetainError(f"{where}: no valid YAML: {error}") from None
 
 
-# -- overrides ---------------------------------------------------------------------------------------------
+# -- overrides -------------------------------------------------------------------------------------------
 
 
 def override(data: Plain, text: str) -> None:
@@ -118,7 +118,7 @@ def _name_of(entry: Any, i: int) -> Any:
     return entry.get("name", i) if isinstance(entry, dict) else i
 
 
-# -- typed values ------------------------------------------------------------------------------------------
+# -- typed values ----------------------------------------------------------------------------------------
 
 
 def fill(cls: type[T], data: Any, where: str) -> T:

@@ -91,7 +91,7 @@ class _Pixels:
         return hashlib.sha256(str(array.shape).encode() + array.tobytes()).hexdigest(), ""
 
 
-# -- one task ----------------------------------------------------------------------------------------------
+# -- one task --------------------------------------------------------------------------------------------
 
 
 def _task(task: Task, pixels: _Pixels) -> Iterator[Finding]:
@@ -175,7 +175,7 @@ def _given_away(e: Example, finding: Report) -> Iterator[Finding]:
         yield finding("warning", "question", f"the answer {_cut(e.answer)} occurs in the question")
 
 
-# -- scorer and answer -------------------------------------------------------------------------------------
+# -- scorer and answer -----------------------------------------------------------------------------------
 
 BOX = re.compile(r"(?:-?\d+(?:\.\d+)?[^\d.-]+){3}-?\d+(?:\.\d+)?")
 NUMBER = re.compile(r"\d")
@@ -216,7 +216,7 @@ def _scorable(scorer: str, e: Example, finding: Report) -> Iterator[Finding]:
         )
 
 
-# -- between splits and tasks ------------------------------------------------------------------------------
+# -- between splits and tasks ----------------------------------------------------------------------------
 
 
 def _across(tasks: Sequence[Task], pixels: _Pixels) -> Iterator[Finding]:

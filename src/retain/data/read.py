@@ -2,8 +2,8 @@
 
 The format is told by a row's fields, not by the file's name. Every error names file, row (from 1), field,
 value and choices. Every image is opened once (its header: format and size) before anything is trained;
-`retain doctor` decodes them in full. Image paths are relative to an image root and may not climb out of it; links
-inside the root are the user's own and are followed.
+`retain doctor` decodes them in full. Image paths are relative to an image root and may not climb out of it;
+links inside the root are the user's own and are followed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def examples(path: Path, image_root: Path | None = None, *, max_pixels: int = MA
     return [_example(row, number, file) for number, row in rows(path)]
 
 
-# -- rows --------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------------
 
 
 def rows(path: Path) -> Iterator[tuple[int, Row]]:
@@ -123,7 +123,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
         raise RetainError(f"{path}: no readable parquet file: {error}") from None
 
 
-# -- one row -----------------------------------------------------------------------------------------------
+# -- one row ---------------------------------------------------------------------------------------------
 
 
 def _example(row: Row, number: int, file: _File) -> Example:
@@ -290,7 +290,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-# -- images ------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------------
 
 
 def _image_fields(row: Row, where: str) -> list[tuple[str, Any]]:

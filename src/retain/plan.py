@@ -1,0 +1,282 @@
+"""A dry run: stages, steps, parameters, FLOPs, and estimates of memory and time, before any weight is loaded.
+
+The model is built from its config on the meta device (shapes without storage), its processor counts the tokens
+of a few examples per task, and the speed is that of earlier runs of this model in `runs/`, or else a share of a
+matrix product timed on the spot. What is an estimate is called one, with what it rests on.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from retain.adapters.lora import attach
+from retain.config import Recipe, model_source
+from retain.engine import Engine
+from retain.models.encode import Encoder
+from retain.models.family import family_of
+from retain.models.load import eos_ids, load_processor, where
+from retain.report.summary import count, duration, size
+from retain.stream import Task
+from retain.train import Optim
+from retain.types import Example, RetainError
+
+SAMPLED = 24  # examples per task whose tokens are counted
+USED = (
+    0.35  # share of a large matrix product's speed that training reaches; measured 0.3 to 0.5 on small models
+)
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+ACTIVATION = (
+    34  # bytes per token, layer and hidden unit at 16 bits (Korthikanti et al. 2022, arXiv:2205.05198, eq. 1)
+)
+
+Rows = list[list[str]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the config alone says about a model with adapters."""
+
+    parameters: int
+    trainable: int
+    language: int  # parameters that a token passes: layers and head, no embedding table
+    layers: int
+    hidden: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One task to be trained, as far as it is known before: `data` hooks (replay) may add samples."""
+
+    name: str
+    samples: int
+    steps: int
+    tokens: float  # mean per sample
+    train_flops: float
+    eval_flops: float  # one row of the matrix after this stage
+
+    def seconds(self, flops_per_s: float) -> float:
+        """Training and evaluation at a speed."""
+        return (self.train_flops + self.eval_flops) / flops_per_s
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that `retain plan` prints."""
+
+    recipe: Recipe
+    shape: Shape
+    stages: tuple[Stage, ...]
+    zero_shot_flops: float
+    memory: float
+    speed: float
+    speed_from: str
+
+    @property
+    def flops(self) -> float:
+        """Of the whole run."""
+        return self.zero_shot_flops + sum(s.train_flops + s.eval_flops for s in self.stages)
+
+
+def make_plan(recipe: Recipe, runs: Path = Path("runs")) -> RunPlan:
+    """Plan a recipe. Data files are read and checked; of the model only config and processor are."""
+    method, stream = recipe.build_method(), recipe.build_stream()
+    hf, processor = _skeleton(recipe)
+    encode = _encoder(hf, processor, recipe)
+    lengths = {task.name: _length(encode, task) for task in [*method.stages(stream), *stream.all]}
+    shape = _shape(hf, recipe)
+    row = sum(_eval_flops(shape, task, lengths[task.name]) for task in stream.all)
+    stages = tuple(
+        _stage(shape, task, lengths[task.name], recipe.optim, row) for task in method.stages(stream)
+    )
+    longest = max((s.tokens for s in stages), default=0.0)
+    speed, origin = _speed(recipe, runs)
+    return RunPlan(recipe, shape, stages, row, _memory(shape, recipe, longest), speed, origin)
+
+
+# -- the model without its weights -----------------------------------------------------------------------
+
+
+def _skeleton(recipe: Recipe) -> tuple[Any, Any]:
+    """The model on the meta device, and its processor."""
+    name, local = where(model_source(recipe.model.name))
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=local)
+        with torch.device("meta"):
+            hf = AutoModelForImageTextToText.from_config(config)
+        return hf, load_processor(name, local)
+    except (OSError, ValueError) as error:
+        raise RetainError(f"{recipe.path}: model {name!r} cannot be planned: {error}") from error
+
+
+def _encoder(hf: Any, processor: Any, recipe: Recipe) -> Encoder:
+    tokens = (getattr(hf.config, key, None) for key in ("image_token_id", "image_token_index"))
+    image_token = next((int(t) for t in tokens if t is not None), -1)
+    longest = recipe.model.max_length or 1 << 30
+    return Encoder(processor, eos_ids(hf, processor.tokenizer), image_token, longest, recipe.model.truncate)
+
+
+def _shape(hf: Any, recipe: Recipe) -> Shape:
+    """Counts from shapes alone; an adapter is really attached, so that targets are those of the run."""
+    family, text = family_of(hf, recipe.model.family), hf.config.get_text_config()
+    parameters = _size(hf)
+    language, table, head = (
+        family.part(hf, family.language),
+        hf.get_input_embeddings(),
+        hf.get_output_embeddings(),
+    )
+    passed = _size(language) - _size(table) + _size(head)
+    bank = attach(hf, recipe.adapter, language=family.language, projector=family.projector)
+    bank.add("plan", torch.Generator())
+    trainable = sum(p.numel() for p in bank.parameters("plan").values())
+    layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
+    return Shape(parameters, trainable, passed, layers, hidden, int(text.vocab_size))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# -- work ------------------------------------------------------------------------------------------------
+
+
+def _length(encode: Encoder, task: Task) -> float:
+    """Mean tokens of a sample, image tokens included, over some examples spread over the split."""
+    pool: Sequence[Example] = task.train or task.test
+    step = max(1, len(pool) // SAMPLED)
+    return statistics.fmean(len(encode(e)) for e in pool[::step][:SAMPLED])
+
+
+def _stage(shape: Shape, task: Task, tokens: float, optim: Optim, row: float) -> Stage:
+    steps = optim.n_steps(len(task.train))
+    samples = steps * optim.batch_size if optim.steps is not None else round(len(task.train) * optim.epochs)
+    per_token = 4 * shape.language + 6 * shape.trainable  # as the budget of a run counts (retain.continual)
+    return Stage(task.name, samples, steps, tokens, per_token * tokens * samples, row)
+
+
+def _eval_flops(shape: Shape, task: Task, tokens: float) -> float:
+    """Prompts once, then at most `max_new_tokens` answer tokens, one by one."""
+    return 2 * shape.language * len(task.test) * (tokens + task.max_new_tokens)
+
+
+def _memory(shape: Shape, recipe: Recipe, tokens: float) -> float:
+    """Weights; adapters with gradient and two moments in fp32; activations of one micro-batch."""
+    optim, width = recipe.optim, BYTES[recipe.model.dtype]
+    compute = 2 if optim.precision == "bf16" else width
+    micro = optim.batch_size / optim.accumulate
+    kept = 2.0 if optim.grad_checkpointing else float(ACTIVATION)
+    activations = kept * compute / 2 * micro * tokens * shape.layers * shape.hidden
+    logits = 3 * 4 * micro * min(tokens, 32) * shape.vocabulary
+    return shape.parameters * width + 16 * shape.trainable + activations + logits
+
+
+def _speed(recipe: Recipe, runs: Path) -> tuple[float, str]:
+    """FLOP/s and where the figure is from."""
+    rates = []
+    for path in sorted(runs.glob("*/run.json")):
+        budgets = sorted(path.parent.glob("rows/*/budget.json"))
+        if not budgets:
+            continue
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))["config"]
+            spent = json.loads(budgets[-1].read_text(encoding="utf-8"))
+            if config["model"]["name"] == recipe.model.name and spent["train_s"] > 0:
+                rates.append(spent["train_flops"] / spent["train_s"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # another tool's folder: it has nothing to say about speed
+    if rates:
+        return statistics.median(rates), f"median of {len(rates)} earlier runs of this model in {runs}"
+    device = Engine.start(recipe.model.device).device
+    bf16 = recipe.optim.precision == "bf16" or recipe.model.dtype != "fp32"
+    peak = _timed_product(device, torch.bfloat16 if bf16 else torch.float32)
+    return USED * peak, f"assumed: {USED:.0%} of a matrix product timed now ({count(peak)}FLOP/s on {device})"
+
+
+def _timed_product(device: torch.device, dtype: torch.dtype, n: int = 1024) -> float:
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        float((a @ a)[0, 0])  # reading one value waits for the device
+        best = min(best, time.perf_counter() - started)
+    return float(2 * n**3 / best)
+
+
+# -- words -----------------------------------------------------------------------------------------------
+
+
+def stage_rows(plan: RunPlan) -> Rows:
+    """One row per stage."""
+    head = [
+        "stage",
+        "train samples",
+        "steps",
+        "tokens per sample",
+        "train FLOPs",
+        "eval FLOPs",
+        "time (estimate)",
+    ]
+    zero = [
+        "(zero-shot)",
+        "",
+        "",
+        "",
+        "",
+        count(plan.zero_shot_flops),
+        duration(plan.zero_shot_flops / plan.speed),
+    ]
+    body = [
+        [s.name, str(s.samples), str(s.steps), f"{s.tokens:.0f}", count(s.train_flops), count(s.eval_flops),
+         duration(s.seconds(plan.speed))]
+        for s in plan.stages
+    ]  # fmt: skip
+    return [head, zero, *body]
+
+
+def total_rows(plan: RunPlan) -> Rows:
+    """The whole run, with what every figure rests on."""
+    shape, optim = plan.shape, plan.recipe.optim
+    steps = sum(s.steps for s in plan.stages)
+    stored = 4 * shape.trainable * len(plan.stages)
+    body = [
+        ["base parameters", count(shape.parameters), f"{plan.recipe.model.name}, {plan.recipe.model.dtype}"],
+        ["trainable parameters", count(shape.trainable), "of one adapter: LoRA and projector"],
+        ["steps", str(steps), f"{optim.batch_size} samples each, in {optim.accumulate} parts"],
+        [
+            "stored",
+            size(stored),
+            "adapters of all stages in fp32, if each stage changes one; method state besides",
+        ],
+        [
+            "memory (estimate)",
+            size(plan.memory),
+            "weights + 16 bytes per trainable + activations of a micro-batch; Python itself besides",
+        ],
+        [
+            "FLOPs",
+            count(plan.flops),
+            "4 per passed parameter and token in training, 2 forward, 6 for adapters",
+        ],
+        ["speed", f"{count(plan.speed)}FLOP/s", plan.speed_from],
+        [
+            "time (estimate)",
+            duration(plan.flops / plan.speed),
+            "FLOPs / speed; short answers evaluate slower than that",
+        ],
+        [
+            "run folder",
+            str(plan.recipe.out),
+            "exists: the run continues" if plan.recipe.out.exists() else "new",
+        ],
+    ]
+    return [["what", "value", "how"], *body]
