@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -61,11 +61,12 @@ class _Adapted(nn.Module):
         super().__init__()
         self.base, self.layer, self.group, self.visual = base, layer, group, visual
         self.bank: AdapterBank
-        weight = base.weight
-        self.features = (int(base.in_features), int(base.out_features))  # type: ignore[arg-type]
-        self.device = weight.device  # type: ignore[union-attr]
+        inner: Any = base
+        self.features = (int(inner.in_features), int(inner.out_features))
+        self.device: torch.device = inner.weight.device
+        self.train(base.training)  # a new module is in training mode: dropout would be on in an eval model
 
-    def __getattr__(self, name: str) -> object:  # some HF code reads `.weight`, `.in_features` of a linear layer
+    def __getattr__(self, name: str) -> Any:  # some HF code reads `.weight`, `.in_features` of a linear layer
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -96,30 +97,40 @@ class LoraLinear(_Adapted):
         del self.lora_A[name], self.lora_B[name]
 
     def tensors(self, name: str) -> dict[str, Parameter]:
-        return {"lora_A": self.lora_A[name], "lora_B": self.lora_B[name]}  # type: ignore[dict-item]
+        return {"lora_A": self.lora_A[name], "lora_B": self.lora_B[name]}
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
         active = self.active()
         if not active:
-            return y
-        if self.spec.dropout and self.training:
-            x = self.bank.dropped(x, self.spec.dropout)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_A[active[0][0]].dtype)
+            plain: Tensor = self.base(x)
+            return plain
+        seen = self.bank.dropped(x, self.spec.dropout) if self.spec.dropout and self.training else x
+        autocast = torch.is_autocast_enabled(x.device.type)
         names = [n for n, _ in active]
-        A = self.lora_A[names[0]] if len(active) == 1 else torch.cat([self.lora_A[n] for n in names])
-        B = self.lora_B[names[0]] if len(active) == 1 else torch.cat([self.lora_B[n] for n in names], dim=1)
-        h = F.linear(x, A)  # (B, T, R)
+        numbers = not any(isinstance(w, Tensor) for _, w in active)
+        A, B = self._stacked(active) if numbers else self._stacked([(n, 1.0) for n in names])
         scale = self.spec.scale
-        if len(active) == 1 and not isinstance(active[0][1], Tensor):
-            scale *= active[0][1]
-        else:
+        if numbers and len(active) == 1:
+            scale *= float(active[0][1])
+        fused = numbers and not autocast and type(self.base) is nn.Linear and x.dtype == A.dtype == self.base.weight.dtype
+        if fused:
+            fast: Tensor = _Fused.apply(x, seen, self.base.weight, self.base.bias, A, B, scale)
+            return fast
+        y: Tensor = self.base(x)
+        h = F.linear(seen if autocast else seen.to(A.dtype), A)  # (B, T, R)
+        if not numbers:
             h = h * self._weights(active, h)
-        if y.dtype == h.dtype == B.dtype or torch.is_autocast_enabled(x.device.type):
+        if autocast or y.dtype == h.dtype == B.dtype:
             flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale)
             return flat.view(y.shape)
         return y + (F.linear(h, B) * scale).to(y.dtype)
+
+    def _stacked(self, active: list[tuple[str, Weight]]) -> tuple[Tensor, Tensor]:
+        """All A along the rank (R, in), and all B (out, R); several plain weights are folded into B."""
+        if len(active) == 1:
+            return self.lora_A[active[0][0]], self.lora_B[active[0][0]]
+        A = torch.cat([self.lora_A[n] for n, _ in active])
+        return A, torch.cat([self.lora_B[n] if w == 1 else self.lora_B[n] * w for n, w in active], dim=1)
 
     def _weights(self, active: list[tuple[str, Weight]], h: Tensor) -> Tensor:
         """The weight of each adapter repeated over its rank: (…, R), broadcast over tokens."""
@@ -135,6 +146,44 @@ class LoraLinear(_Adapted):
                 lead = [h.shape[0], *[1] * (h.ndim - 2)] if per_sample else []
                 columns.append(value.expand(*lead, r))
         return torch.cat(columns, dim=-1)
+
+
+class _Fused(torch.autograd.Function):
+    """W x + b + scale B A x' for a frozen W as one node; x' is x, or x after dropout.
+
+    The same forward arithmetic as separate operations. In the backward the scale meets only the R-wide product, and the
+    gradient of x is added up inside one matrix product, so no full-width temporary is multiplied or added.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, dropped: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float
+    ) -> Tensor:
+        x2 = dropped.reshape(-1, dropped.shape[-1])
+        h = x2 @ A.t()
+        y = F.linear(x, W, b)
+        y.view(-1, y.shape[-1]).addmm_(h, B.t(), alpha=scale)
+        ctx.save_for_backward(x2, h, W, A, B)
+        ctx.scale, ctx.same, ctx.shape = scale, dropped is x, x.shape
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x2, h, W, A, B = ctx.saved_tensors
+        need_x, need_dropped, _, _, need_A, need_B, _ = ctx.needs_input_grad
+        g = grad.reshape(-1, grad.shape[-1])
+        gB = (g @ B).mul_(ctx.scale)  # (N, R)
+        gx = gd = None
+        if need_x:
+            gx = g @ W
+            gx = (gx.addmm_(gB, A) if ctx.same else gx).view(ctx.shape)
+        if need_dropped and not ctx.same:
+            gd = (gB @ A).view(ctx.shape)
+        return (
+            gx, gd, None, None,
+            gB.t() @ x2 if need_A else None, (g.t() @ h).mul_(ctx.scale) if need_B else None, None,
+        )  # fmt: skip
 
 
 class DenseLinear(_Adapted):
@@ -159,7 +208,7 @@ class DenseLinear(_Adapted):
         out = {"weight": self.delta_weight[name]}
         if name in self.delta_bias:
             out["bias"] = self.delta_bias[name]
-        return out  # type: ignore[return-value]
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
@@ -209,8 +258,9 @@ def attach(
     if not any(isinstance(s, LoraLinear) for s in sites.values()):
         raise RetainError(f"adapter: targets {spec.targets!r} match no linear layer; there are {sorted(linears)[:8]} …")
     bank = AdapterBank(sites, {**(signature or {}), "lora": asdict(spec)})
-    for site in sites.values():
-        site.bank = bank  # type: ignore[attr-defined]
+    for module in model.modules():
+        if isinstance(module, _Adapted):
+            module.bank = bank
     return bank
 
 

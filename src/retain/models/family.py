@@ -159,7 +159,7 @@ def family_of(model: Any, name: str | None = None) -> Family:
     """
     if name is not None and name not in FAMILIES:
         raise RetainError(f"model family {name!r} is unknown; choose from {sorted(FAMILIES)}")
-    kind = name or getattr(model.config, "model_type", "?")
+    kind = name or str(getattr(model.config, "model_type", "?"))
     if kind in FAMILIES:
         return FAMILIES[kind]
     paths = {path for path, _ in model.named_modules()}

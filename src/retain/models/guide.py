@@ -81,7 +81,8 @@ class Guider:
         if clip:
             return clip.width
         vision = self._base().hf.config.vision_config
-        return int(getattr(vision, "hidden_size", 0) or vision.embed_dim)
+        layers = getattr(self._base().hf.config, "vision_feature_layer", -1)
+        return int(getattr(vision, "hidden_size", 0) or vision.embed_dim) * (len(layers) if isinstance(layers, list) else 1)
 
     # -- without a CLIP model -------------------------------------------------------------------------------------
 
@@ -122,11 +123,14 @@ class _Clip:
     def __init__(self, source: str | Path, device: torch.device) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
+        auto: Any = AutoImageProcessor
+        clip: Any = CLIPModel
+
         name, local = where(source)
         try:
-            self.model = CLIPModel.from_pretrained(name, local_files_only=local).to(device).eval().requires_grad_(False)
+            self.model = clip.from_pretrained(name, local_files_only=local).to(device).eval().requires_grad_(False)
             self.tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-            self.processor = AutoImageProcessor.from_pretrained(name, local_files_only=local, backend="pil")
+            self.processor = auto.from_pretrained(name, local_files_only=local, backend="pil")
         except (OSError, ValueError) as error:
             raise RetainError(f"guide {name!r} is no CLIP model with tokenizer and image processor: {error}") from error
         self.device = device

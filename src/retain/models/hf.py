@@ -68,7 +68,7 @@ class HFModel:
         self.device: torch.device = next(hf_model.parameters()).device
         self.eos = eos_ids(hf_model, processor.tokenizer)
         self._fingerprint = fingerprint(hf_model)
-        self._n_parameters = sum(p.numel() for p in hf_model.parameters())
+        self._n_parameters = int(sum(p.numel() for p in hf_model.parameters()))
         signature: dict[str, object] = {"base": self._fingerprint, "family": self.family.name}
         self.adapters: AdapterBank = attach(
             hf_model, self.spec, language=self.family.language, projector=self.family.projector, signature=signature
@@ -244,7 +244,7 @@ class HFModel:
     def tower_features(self, batch: Batch) -> list[Tensor]:
         """Frozen features (R, …) of each image of the batch, one tensor per image; needs a family that splits."""
         refs = batch.meta["images"]
-        found = {r.key: self.features.get(r.key) for r in refs}
+        found: dict[str, Tensor | None] = {r.key: self.features.get(r.key) for r in refs}
         missing = {r.key: (r, x) for r, x in zip(refs, batch.meta["image_ids"], strict=True) if found[r.key] is None}
         size = self._chunk_size() if self.family.stack else 1
         todo = list(missing.values())
@@ -344,7 +344,7 @@ class HFModel:
         of_language = sum(p.numel() for n, p in self.language.named_parameters() if not _is_adapter(n))
         table = sum(p.numel() for p in self.embed.parameters())
         head = sum(p.numel() for p in self.head.parameters())
-        return 2.0 * (of_language - table + head)
+        return float(2 * (of_language - table + head))
 
 
 def _is_adapter(name: str) -> bool:

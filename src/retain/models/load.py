@@ -29,7 +29,9 @@ class PlainProcessor:
         return self.image_token * merged
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """The two parts, as their own classes write them."""
+        """The two parts, as their own classes write them, and the chat template with the tokenizer."""
+        if self.chat_template and not self.tokenizer.chat_template:
+            self.tokenizer.chat_template = self.chat_template
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
@@ -54,8 +56,9 @@ def load_pretrained(
     """The model, in eval mode on its device, and its processor."""
     name, local = where(name_or_dir)
     try:
+        auto: Any = AutoModelForImageTextToText
         config = AutoConfig.from_pretrained(name, local_files_only=local)
-        model = AutoModelForImageTextToText.from_pretrained(name, config=config, dtype=dtype, local_files_only=local)
+        model = auto.from_pretrained(name, config=config, dtype=dtype, local_files_only=local)
         processor = load_processor(name, local)
     except (OSError, ValueError) as error:
         raise RetainError(f"model {name!r} cannot be loaded: {error}") from error
@@ -64,15 +67,21 @@ def load_pretrained(
 
 def load_processor(name: str, local: bool) -> Any:
     """AutoProcessor; where its class needs torchvision only for videos, its tokenizer and Pillow image processor."""
+    reason: object = "AutoProcessor finds no tokenizer with an image processor"
+    auto: Any = AutoProcessor
     try:
-        return AutoProcessor.from_pretrained(name, local_files_only=local, backend="pil")
+        processor = auto.from_pretrained(name, local_files_only=local, backend="pil")
+        if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
+            return processor
     except (ImportError, TypeError, ValueError, OSError) as error:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-        images = AutoImageProcessor.from_pretrained(name, local_files_only=local, backend="pil")
-        if not hasattr(images, "merge_size"):
-            raise RetainError(f"the processor of {name!r} cannot be loaded: {error}") from error
-        token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
-        return PlainProcessor(tokenizer, images, _template(name), token)
+        reason = error
+    auto = AutoImageProcessor
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+    images = auto.from_pretrained(name, local_files_only=local, backend="pil")
+    if not hasattr(images, "merge_size"):
+        raise RetainError(f"the processor of {name!r} cannot be loaded: {reason}")
+    token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
+    return PlainProcessor(tokenizer, images, _template(name), token)
 
 
 def _template(name: str) -> str | None:
@@ -90,9 +99,9 @@ def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     found: set[int] = set()
     text = model.config.get_text_config()
     for ids in (getattr(model.generation_config, "eos_token_id", None), text.eos_token_id, tokenizer.eos_token_id):
-        found |= set(ids) if isinstance(ids, list | tuple) else {ids} - {None}
+        found |= {int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None}
     vocabulary = int(text.vocab_size)
-    found = {int(i) for i in found if 0 <= int(i) < vocabulary}
+    found = {i for i in found if 0 <= i < vocabulary}
     if not found:
         raise RetainError("neither the model nor its tokenizer names an EOS token; answers could not end")
     return frozenset(found)

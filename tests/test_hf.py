@@ -1,0 +1,364 @@
+"""Laws of `HFModel`: equal to Hugging Face's forward, batched equals alone, cached equals computed, frozen stays frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_peft_format import equal_sized, plain_logits
+from transformers import CLIPConfig, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from retain.adapters.bank import Mix
+from retain.adapters.lora import LoraSpec
+from retain.models.base import Model
+from retain.models.cache import ByteLRU
+from retain.models.encode import VICUNA_V1
+from retain.models.family import FAMILIES, family_of
+from retain.models.hf import HFModel
+from retain.types import Example, Message, RetainError
+
+ROUTES = [{"a": 1.0}, {"b": 1.0}, {"c": 1.0}, {"a": 0.5, "b": 0.5}, {}, {"c": 2.0}]
+
+
+# -- forward ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_model(any_model: HFModel) -> None:
+    assert isinstance(any_model, Model)
+    assert any_model.n_layers == 2
+    assert any_model.n_parameters() > 10_000
+    assert 0 < any_model.flops_per_token() < 2 * any_model.n_parameters()
+    assert all(not p.requires_grad for p in any_model.hf.parameters())
+
+
+def test_logits_and_loss_equal_hugging_face(any_model: HFModel) -> None:
+    """Same logits as the plain forward with an attention mask, and its own loss. fp32: sums in another order."""
+    batch = any_model.collate(equal_sized(), answers=True)
+    out = any_model(batch)
+    hf, _ = tiny.BUILDERS[any_model.name.removeprefix("tiny-")](0)
+    torch.testing.assert_close(out.logits_NV, plain_logits(hf, any_model, batch), atol=1e-5, rtol=1e-5)
+    expected = torch.nn.functional.cross_entropy(out.logits_NV, out.labels_N)
+    torch.testing.assert_close(out.loss, expected)
+    assert len(out.labels_N) == batch.n_answer == len(out.row_N)
+
+
+def test_several_images_and_none_equal_hugging_face(llava: HFModel) -> None:
+    batch = llava.collate(tiny.examples(), answers=True)
+    hf, _ = tiny.llava(0)
+    torch.testing.assert_close(llava(batch).logits_NV, plain_logits(hf, llava, batch), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_changes_nothing(any_model: HFModel) -> None:
+    out = any_model(any_model.collate(tiny.examples(), answers=True))
+    for i, example in enumerate(tiny.examples()):
+        alone = any_model(any_model.collate([example], answers=True))
+        torch.testing.assert_close(out.logits_NV[out.row_N == i], alone.logits_NV, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cold_cache_gives_the_same_bits_as_a_warm_one(any_model: HFModel) -> None:
+    """Whatever was in the cache, and whichever images shared a tower call."""
+    batch = any_model.collate(tiny.examples(), answers=True)
+    any_model.features.clear()
+    cold = any_model(batch).logits_NV
+    assert torch.equal(any_model(batch).logits_NV, cold)
+    any_model.features.clear()
+    for example in reversed(tiny.examples()):
+        any_model(any_model.collate([example], answers=True))
+    assert torch.equal(any_model(batch).logits_NV, cold)
+    hits = any_model.features.hits
+    any_model(batch)
+    assert any_model.features.hits > hits
+
+
+def test_training_touches_only_adapters(any_model: HFModel) -> None:
+    bank = any_model.adapters
+    before = {k: v.clone() for k, v in any_model.hf.state_dict().items()}
+    tiny.fill(bank, "a", "b")
+    bank.train_only("a")
+    any_model.train()
+    with bank.using(Mix({"a": 1.0, "b": 0.5})):
+        any_model(any_model.collate(tiny.examples(), answers=True)).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in bank.trainable().values())
+    assert all(p.grad is None for p in bank.parameters("b").values())
+    after = any_model.hf.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny.model(family, checkpointing=checkpointing)
+        tiny.fill(model.adapters, "a")
+        model.adapters.train_only("a")
+        model.train()
+        with model.adapters.using(Mix({"a": 1.0})):
+            model(model.collate(tiny.examples(), answers=True)).loss.backward()
+        grads.append([p.grad for p in model.adapters.trainable().values()])
+    for plain, checked in zip(*grads, strict=True):
+        assert plain is not None and checked is not None
+        torch.testing.assert_close(plain, checked)
+
+
+def test_adapters_on_the_tower_are_trained_not_cached() -> None:
+    model = tiny.model(spec=LoraSpec(rank=2, targets="all"))
+    assert not model.frozen_tower
+    tiny.fill(model.adapters, "a", "b")
+    model.adapters.train_only("a")
+    batch = model.collate(tiny.examples(), answers=True)
+    with model.adapters.using(tiny.mixture(*[{"a": 1.0}, {"b": 1.0}] * 3)):
+        out = model(batch)
+        out.loss.backward()
+    tower = [p for k, p in model.adapters.trainable().items() if "vision_tower.encoder.layers.0" in k]
+    assert tower and all(p.grad is not None and p.grad.abs().sum() > 0 for p in tower)
+    with torch.no_grad(), model.adapters.using(Mix({"b": 1.0})):
+        alone = model(model.collate([tiny.examples()[1]], answers=True))
+    torch.testing.assert_close(out.logits_NV[out.row_N == 1], alone.logits_NV, atol=1e-4, rtol=0)
+
+
+def test_bf16_autocast_is_close_and_repeats() -> None:
+    model, fp32 = tiny.model(precision="bf16"), tiny.model()
+    batch = model.collate(tiny.examples(), answers=True)
+    out = model(batch)
+    assert out.loss.dtype == torch.float32
+    assert torch.equal(out.loss, model(batch).loss)
+    assert float(out.loss) == pytest.approx(float(fp32(fp32.collate(tiny.examples(), answers=True)).loss), rel=0.05)
+    with pytest.raises(RetainError, match="fp16"):
+        tiny.model(precision="fp16")
+
+
+# -- generation -------------------------------------------------------------------------------------------------------
+
+
+def test_generating_a_batch_equals_generating_alone(any_model: HFModel) -> None:
+    bank = any_model.adapters
+    tiny.fill(bank, "a", "b", "c")
+    mix = tiny.mixture(*ROUTES)
+    with bank.using(mix):
+        together = any_model.generate(any_model.collate(tiny.examples(), answers=False), 12)
+    alone = []
+    for i, example in enumerate(tiny.examples()):
+        with bank.using(mix.select(torch.tensor([i]))):
+            alone += any_model.generate(any_model.collate([example], answers=False), 12)
+    assert together == alone
+    assert len(set(together)) > 3  # otherwise this could not fail
+
+
+def test_rows_leave_as_they_finish(any_model: HFModel) -> None:
+    """Every token that some row would say next is made an EOS in turn: other rows go on unchanged."""
+    bank = any_model.adapters
+    tiny.fill(bank, "a", "b", "c")
+    batch = any_model.collate(tiny.examples(), answers=False)
+    eos = any_model.eos
+    try:
+        with bank.using(tiny.mixture(*ROUTES)):
+            from retain.models.generate import greedy
+
+            with torch.no_grad():
+                any_model.eos = frozenset()
+                full = greedy(any_model, batch, 8)
+                for row, step in ((0, 1), (3, 3), (5, 0)):
+                    stop = full[row][step]
+                    any_model.eos = frozenset({stop})
+                    expected = [t[: t.index(stop)] if stop in t else t for t in full]
+                    assert greedy(any_model, batch, 8) == expected
+    finally:
+        any_model.eos = eos
+
+
+def test_greedy_equals_hugging_face_generate(llava: HFModel) -> None:
+    batch = llava.collate([tiny.example(0)], answers=False)
+    hf, _ = tiny.llava(0)
+    pixels = llava.encode.image(llava.encode(batch.examples[0]).images[0], "e0")
+    ids = hf.generate(
+        input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"], **pixels,
+        max_new_tokens=8, do_sample=False,
+    )  # fmt: skip
+    text = llava.processor.tokenizer.decode(ids[0, batch.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert llava.generate(batch, 8) == [text.strip()]
+
+
+def test_generation_turns_dropout_off_and_restores_training() -> None:
+    model = tiny.model(spec=LoraSpec(rank=4, dropout=0.5))
+    tiny.fill(model.adapters, "a")
+    batch = model.collate(tiny.examples(), answers=False)
+    with model.adapters.using(Mix({"a": 1.0})):
+        expected = model.generate(batch, 6)
+        model.train()
+        assert model.generate(batch, 6) == expected
+    assert model.training
+
+
+def test_teacher_forced_argmax_is_what_generation_says(any_model: HFModel) -> None:
+    """The tokens of a generated answer are the argmax of the forward on prompt + answer: one tokenisation for both."""
+    tokenizer = any_model.processor.tokenizer
+    for example in tiny.examples():
+        encoded = any_model.encode(example)
+        both = any_model.collate([example], answers=True).inputs["input_ids"][0].tolist()
+        prompt = any_model.collate([example], answers=False).inputs["input_ids"][0].tolist()
+        assert both[: len(prompt)] == prompt
+        assert both[-1] in any_model.eos
+        assert tokenizer.decode(encoded.answer[:-1]).strip() == example.answer
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_the_answer_and_eos(any_model: HFModel) -> None:
+    batch = any_model.collate(tiny.examples(), answers=True)
+    assert batch.labels_BT is not None
+    for example, labels in zip(tiny.examples(), batch.labels_BT, strict=True):
+        said = labels[labels != -100].tolist()
+        assert said[-1] in any_model.eos
+        assert any_model.processor.tokenizer.decode(said[:-1]).strip() == example.answer
+    assert batch.image_row_I.tolist() == [0, 1, 1, 3, 4]
+    left = any_model.collate(tiny.examples(), answers=False)
+    assert left.labels_BT is None
+    assert left.inputs["attention_mask"][:, -1].all() and not left.inputs["attention_mask"][-1, 0]
+    assert any_model.length(tiny.examples()[0]) == len(any_model.encode(tiny.examples()[0]))
+
+
+def test_examples_are_encoded_once(llava: HFModel) -> None:
+    example = tiny.example(77)
+    assert llava.encode(example) is llava.encode(example)
+
+
+def test_long_examples_are_an_error_or_lose_their_answer_never_their_image() -> None:
+    long = tiny.example(0, 1, answer="red " * 60)
+    with pytest.raises(RetainError, match=r"'e0'.*9 of images.*max_length 40"):
+        tiny.model(max_length=40).collate([long], answers=True)
+    cut = tiny.model(max_length=40, truncate=True)
+    batch = cut.collate([long], answers=True)
+    assert batch.inputs["input_ids"].shape[1] == 40
+    assert int((batch.inputs["input_ids"] == cut.encode.image_token_id).sum()) == 9
+    with pytest.raises(RetainError, match="'e0'"):
+        tiny.model(max_length=12, truncate=True).collate([long], answers=True)
+
+
+def test_wrong_images_are_errors_that_name_the_example(llava: HFModel, tmp_path: Path) -> None:
+    user, answer = Message("user", "what?", 2), Message("assistant", "red")
+    with pytest.raises(RetainError, match=r"'x': 1 images, but its messages show 2"):
+        llava.collate([Example("x", (user, answer), (tiny.picture(0),))], answers=True)
+    with pytest.raises(RetainError, match="'x'.*<image>"):
+        llava.collate([Example("x", (Message("user", "<image> what?"), answer))], answers=True)
+    with pytest.raises(RetainError, match=r"'x': cannot read image .*gone\.png"):
+        llava.collate([Example("x", (Message("user", "what?", 1), answer), (tmp_path / "gone.png",))], answers=True)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(RetainError, match=r"broken\.png"):
+        llava.collate([Example("x", (Message("user", "what?", 1), answer), (tmp_path / "broken.png",))], answers=True)
+
+
+def test_images_as_array_path_and_pillow_are_one_image(llava: HFModel, tmp_path: Path) -> None:
+    from PIL import Image
+
+    pixels = tiny.picture(5)
+    Image.fromarray(pixels).save(tmp_path / "p.png")
+    sources: list[Any] = [pixels, tmp_path / "p.png", Image.fromarray(pixels)]
+    user, answer = Message("user", "what?"), Message("assistant", "red")  # no turn says where: the first user turn
+    keys = {llava.encode(Example("x", (user, answer), (s,))).images[0].key for s in sources}
+    assert len(keys) == 1
+    grey = Example("g", (user, answer), (np.zeros((24, 24), dtype=np.uint8),))
+    assert llava(llava.collate([grey], answers=True)).loss.isfinite()
+
+
+def test_without_a_chat_template_the_conversation_is_vicuna_v1() -> None:
+    model = HFModel(*tiny.llava(chat=False), tiny.SPEC)
+    assert model.encode.template == VICUNA_V1
+    text = model.encode.render((Message("user", "what?", 1),), generate=True)
+    assert text.startswith("A chat between a curious user") and text.endswith("USER: <image>\nwhat? ASSISTANT:")
+    two = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
+    assert model.encode.render(two, generate=False).endswith(" USER: a ASSISTANT: b</s> USER: c ASSISTANT: d</s>")
+    encoded = model.encode(Example("x", two))
+    assert model.processor.tokenizer.decode(encoded.answer) == " d</s>"
+
+
+# -- guide, loading, caches -------------------------------------------------------------------------------------------
+
+
+def test_guide_is_unit_length_and_does_not_depend_on_the_batch(any_model: HFModel) -> None:
+    tiny.fill(any_model.adapters, "a")
+    examples = tiny.examples()
+    guide = any_model.guide(any_model.collate(examples, answers=False))
+    with any_model.adapters.using(Mix({"a": 1.0})):  # frozen: adapters do not reach it
+        for i, example in enumerate(tiny.examples()):
+            alone = any_model.guide(any_model.collate([example], answers=False))
+            assert torch.equal(alone.image_BF[0], guide.image_BF[i])
+            assert torch.equal(alone.text_BD[0], guide.text_BD[i])
+    has_image = torch.tensor([bool(e.images) for e in examples])
+    torch.testing.assert_close(guide.image_BF.norm(dim=1), has_image.float())
+    torch.testing.assert_close(guide.text_BD.norm(dim=1), torch.ones(len(examples)))
+    assert guide.image_BF.dtype == guide.text_BD.dtype == torch.float32
+
+
+def test_a_saved_model_loads_with_its_guide(tmp_path: Path) -> None:
+    hf, processor = tiny.llava()
+    hf.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config={**small, "vocab_size": 340, "max_position_embeddings": 8, "eos_token_id": 1},
+            vision_config={**small, "image_size": 24, "patch_size": 8},
+            projection_dim=12,
+        )
+    )
+    clip.save_pretrained(tmp_path / "guide")
+    processor.tokenizer.save_pretrained(tmp_path / "guide")
+    images = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    images.save_pretrained(tmp_path / "guide")
+    model = HFModel.load(tmp_path, tiny.SPEC)
+    direct = HFModel(hf, processor, tiny.SPEC)
+    assert model.fingerprint() == direct.fingerprint() != tiny.model(seed=1).fingerprint()
+    batch = model.collate(tiny.examples(), answers=True)
+    assert torch.equal(model(batch).logits_NV, direct(direct.collate(tiny.examples(), answers=True)).logits_NV)
+    guide = model.guide(batch)
+    assert guide.image_BF.shape == guide.text_BD.shape == (6, 12)
+    torch.testing.assert_close(guide.text_BD.norm(dim=1), torch.ones(6))
+
+
+def test_loading_errors_speak_plainly(tmp_path: Path) -> None:
+    with pytest.raises(RetainError, match="no such folder"):
+        HFModel.load(tmp_path / "gone")
+    with pytest.raises(RetainError, match="no such folder"):
+        HFModel.load("gone")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RetainError, match=r"config\.json"):
+        HFModel.load(tmp_path / "empty")
+    with pytest.raises(RetainError, match="choose from"):
+        HFModel(*tiny.llava(), family="gpt")
+
+
+def test_an_unknown_family_is_found_by_its_parts() -> None:
+    """The whole-model path: no split, nothing cached, same logits and answers."""
+    hf, processor = tiny.llava()
+    hf.config.model_type = "something_new"
+    model, known = HFModel(hf, processor, tiny.SPEC), tiny.model()
+    assert (model.family.name, model.family.features) == ("something_new", None)
+    assert model.family.projector == known.family.projector == FAMILIES["llava"].projector
+    for m in (model, known):
+        tiny.fill(m.adapters, "a", "b", "c")
+    logits, answers = [], []
+    for m in (model, known):
+        with torch.no_grad(), m.adapters.using(tiny.mixture(*ROUTES)):
+            logits.append(m(m.collate(tiny.examples(), answers=True)).logits_NV)
+            answers.append(m.generate(m.collate(tiny.examples(), answers=False), 6))
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
+    assert answers[0] == answers[1]
+    hf.config.model_type = "other"
+    with pytest.raises(RetainError, match="found no language model"):
+        family_of(type("Bare", (torch.nn.Module,), {"config": hf.config})())
+
+
+def test_the_cache_keeps_to_its_budget() -> None:
+    cache: ByteLRU[torch.Tensor] = ByteLRU(100)
+    for k in range(4):
+        cache.put(str(k), torch.zeros(10))  # 40 bytes each
+        cache.get("0")
+    assert "0" in cache and "3" in cache and len(cache) == 2 and cache.used == 80
+    cache.put("large", torch.zeros(100))
+    assert "large" not in cache and cache.used == 80
