@@ -21,8 +21,8 @@ from retain.types import RetainError
 NAN = float("nan")
 COIN = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCRVQA")
 
-# CoIN's own LoRA run, Type 1 instructions, from its logs. ScienceQA just learned (82.45) is not in the logs: it is
-# the value that LLaCA's New.ACC 61.36 implies for this run, so that figure checks the arithmetic, not the log.
+# CoIN's own LoRA run, Type 1 instructions, from its logs. ScienceQA just learned (82.45) is not in them but
+# implied by the New.ACC 61.36 that LLaCA prints for this run: that one figure checks the arithmetic only.
 COIN_LORA = [
     [82.45],
     [NAN, 49.99],

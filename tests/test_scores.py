@@ -10,6 +10,7 @@ import pytest
 from retain.metrics import SCORES, score
 from retain.metrics import captions as cap
 from retain.metrics.compat import COMPAT
+from retain.metrics.scorer import per_sample
 from retain.metrics.scores import STRICT, parse_choice, soft_accuracy
 from retain.metrics.text import CONTRACTIONS, evalai, normal, numbers, parse_box
 from retain.stream import Score
@@ -91,6 +92,12 @@ def test_the_registry_names_the_nearest_and_the_choices() -> None:
         score("exat")
     assert all(name == s.name for name, s in SCORES.items())
     assert all(name.startswith("compat_") for name in COMPAT) and not set(COMPAT) & set(STRICT)
+
+
+def test_the_blank_rule_does_not_rest_on_the_judges() -> None:
+    for strict, want in ((True, [0.0, 100.0]), (False, [100.0, 100.0])):
+        generous = per_sample("generous", "1", strict=strict)(lambda text, example: 1.0)
+        assert generous([" ", "x"], CAPTIONS[:2]) == want
 
 
 # ---------------------------------------------------------------------------------------------- short answers
@@ -251,9 +258,9 @@ def test_cider_d_by_hand() -> None:
 
 
 def test_cider_d_repeating_a_word_does_not_pay() -> None:
-    refs = [["a cat sat here now"], ["the dog ran there then"]]
-    honest, spam = (cap.cider_d([p, refs[1][0]], refs)[0] for p in ("cat sat", "cat sat cat cat cat"))
-    assert spam < honest
+    # "cat cat" against "cat sat": min(2w, w) w over norms 2w and w sqrt 2; no bigram in common
+    got = cap.cider_d(["cat cat", "dog ran"], [["cat sat"], ["dog ran"]])
+    assert got[0] == pytest.approx(10 / 4 / (2 * math.sqrt(2)))
 
 
 def test_cider_d_depends_on_the_corpus_and_takes_a_fixed_one() -> None:
