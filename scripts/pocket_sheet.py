@@ -1,4 +1,6 @@
-"""Draws docs/img/pocket_tasks.png: pictures of the eight pocket tasks with question and answer. Needs matplotlib."""
+"""Draws docs/img/pocket_tasks.png: pictures of the eight pocket tasks with question and answer. Needs
+matplotlib.
+"""
 
 from __future__ import annotations
 
