@@ -1,0 +1,142 @@
+"""Runs as tables: `compare` for the terminal (plain in a pipe), `results_table` as markdown for the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from retain.metrics.render import show
+from retain.report import summary
+from retain.report.load import Group, Run, group, load_run, load_runs
+from retain.types import RetainError
+
+__all__ = ["compare", "load_runs", "results_table"]
+
+COLUMNS = ("Last", "Avg (MAA)", "New (MFT)", "BWT", "Forgetting", "FWT")
+_TESTED = ("Last", "Avg (MAA)", "BWT", "Forgetting")
+
+
+def compare(
+    runs: Sequence[Run | Path | str], console: Console | None = None, against: str | None = None
+) -> None:
+    """Print metrics with intervals, budgets, paired tests and warnings, for runs or run folders.
+
+    `against` names a method, a run or a folder; None: the first run's group. RetainError: it names none of
+    them.
+    """
+    console = console or Console()
+    groups = group([run if isinstance(run, Run) else load_run(Path(run)) for run in runs])
+    base = _named(groups, against)
+    show(metric_rows(groups), console=console)
+    _say(console, formulas(groups))
+    show(cost_rows(groups), "Cost at the end, mean over seeds", console=console)
+    others = [g for g in groups if g is not base]
+    if others:
+        show(
+            test_rows(others, base),
+            f"Against {base.label} (difference; p corrected by Holm)",
+            console=console,
+        )
+    for text in summary.warnings(groups, base):
+        console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def metric_rows(groups: Sequence[Group]) -> list[list[str]]:
+    """Per group each metric as `mean ± sd [low, high]`; see `summary.Number` for the interval."""
+    found = [summary.numbers(g) for g in groups]
+    names = [name for name in COLUMNS if any(name in n for n in found)]
+    body = []
+    for g, of_group in zip(groups, found, strict=True):
+        cells = [_with_interval(of_group.get(name)) for name in names]
+        body.append([g.label, str(len(summary.counted(g))), *cells])
+    return [["method", "seeds", *names], *body]
+
+
+def formulas(groups: Sequence[Group]) -> str:
+    """The formula of every metric shown, one per line."""
+    known = next((n for g in groups if (n := summary.numbers(g))), {})
+    lines = [f"  {name} = {known[name].formula}" for name in COLUMNS if name in known]
+    kind = "sd over seeds; [95 % interval]: t over seeds, bootstrap over test samples for a single run"
+    return "\n".join([*lines, f"  ± {kind}"]) if lines else ""
+
+
+def cost_rows(groups: Sequence[Group]) -> list[list[str]]:
+    """Final budgets; entries that no run has are left out."""
+    entries = [c for c in summary.COSTS if any(summary.mean_cost(g, c.key) is not None for g in groups)]
+    body = [[g.label, *(summary.written(c, summary.mean_cost(g, c.key)) for c in entries)] for g in groups]
+    return [["method", *(c.words for c in entries)], *body]
+
+
+def test_rows(groups: Sequence[Group], against: Group) -> list[list[str]]:
+    """Paired differences; the last column says over what was paired, or why nothing could be."""
+    body = []
+    for g in groups:
+        test = summary.paired(g, against)
+        found = [test.named(name) for name in _TESTED]
+        cells = []
+        for c in found:
+            p = "" if c is None or c.p_holm is None else f" (p {c.p_holm:.3f})"
+            cells.append("–" if c is None else f"{c.difference:+.2f}{p}")
+        how = next((f"{c.test}, n = {c.n}" for c in found if c is not None and c.test), test.reason)
+        body.append([g.label, *cells, how])
+    return [["method", *_TESTED, "test"], *body]
+
+
+def results_table(
+    runs: Sequence[Run], verified: Mapping[str, str] | None = None, labels: Mapping[str, str] | None = None
+) -> str:
+    """The results as a markdown table: mean ± sd over seeds per method, in the order of the runs.
+
+    `labels` names the method of a run folder otherwise than by its parts. `verified` says per method whether
+    its number was checked against the paper's: yes, no, or (default) not tried.
+    """
+    names = ("Last", "Avg (MAA)", "New (MFT)", "BWT", "Forgetting")
+    head = ["Method", *names, "Train time", "Trainable", "Stored", "Seeds", "Verified"]
+    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 2), "---"])]
+    by_key = {c.key: c for c in summary.COSTS}
+    for g in group(runs):
+        label = (labels or {}).get(g.runs[0].path.name, g.label)
+        found = summary.numbers(g)
+        costs = [
+            summary.written(by_key[key], summary.mean_cost(g, key))
+            for key in ("train_s", "trainable_parameters", "stored_parameters")
+        ]
+        cells = [_mean_sd(found.get(name)) for name in names]
+        checked = (verified or {}).get(label, "not tried")
+        lines.append(_line([label, *cells, *costs, str(len(summary.counted(g))), checked]))
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _mean_sd(number: summary.Number | None) -> str:
+    if number is None or number.value is None:
+        return "–"
+    return f"{number.value:.1f}" + (f" ± {number.sd:.1f}" if number.sd is not None else "")
+
+
+def _with_interval(number: summary.Number | None) -> str:
+    if number is None or number.value is None or number.low is None or number.high is None:
+        return _mean_sd(number)
+    return f"{_mean_sd(number)} [{number.low:.1f}, {number.high:.1f}]"
+
+
+def _named(groups: Sequence[Group], name: str | None) -> Group:
+    """The group of that method, run or folder."""
+    if not groups:
+        raise RetainError("no run to compare")
+    if name is None:
+        return groups[0]
+    for g in groups:
+        if name == g.label or any(name in (run.name, run.path.name, str(run.path)) for run in g.runs):
+            return g
+    choices = [g.label for g in groups] + [run.path.name for g in groups for run in g.runs]
+    raise RetainError(f"against: no method or run {name!r} among those given; choose from {choices}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
