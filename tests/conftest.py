@@ -8,9 +8,9 @@ from collections.abc import Iterator
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # here, not in a fixture: huggingface_hub reads it when imported
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from retain.adapters.bank import Mix
 from retain.models.hf import HFModel
 

@@ -1,4 +1,4 @@
-"""Laws of the adapter bank: off is off, mixtures are sums of deltas, a mix per sample equals one call per sample."""
+"""Laws of the bank: off is off, a mixture sums deltas, a mix per sample equals one call per sample."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
+import tiny
 from retain.adapters.bank import AdapterBank, Mix
 from retain.adapters.lora import LoraLinear, LoraSpec, attach
 from retain.models.hf import HFModel
@@ -22,7 +22,9 @@ class Toy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.projector = nn.Linear(5, 8)
-        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(8, 6), "k": nn.Linear(8, 6)}) for _ in range(2))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(8, 6), "k": nn.Linear(8, 6)}) for _ in range(2)
+        )
         self.out = nn.Linear(6, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +152,9 @@ def test_gradients_equal_differences_of_the_loss(mix: Mix) -> None:
         with torch.no_grad():
             p += 1e-5 * direction
         assert p.grad is not None
-        assert float((p.grad * direction).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-7), key
+        assert float((p.grad * direction).sum()) == pytest.approx(
+            (ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-7
+        ), key
 
 
 class Opaque(nn.Linear):

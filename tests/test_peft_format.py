@@ -1,4 +1,4 @@
-"""Adapters on disk are stock PEFT: what we write loads in plain peft with equal logits, and the other way round."""
+"""Adapters on disk are stock PEFT: what we write loads in plain peft with equal logits, and back."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import tiny
 from retain.adapters.bank import Mix
 from retain.adapters.lora import LoraSpec
 from retain.adapters.peft_format import load_peft, merge_into_base, save_peft
@@ -39,7 +39,11 @@ def plain_logits(hf: Any, model: HFModel, batch: Any) -> torch.Tensor:
 
 def equal_sized() -> list[Any]:
     """Examples whose images give pixel tensors that can be stacked, as Hugging Face wants them."""
-    return [tiny.example(0), tiny.example(3, 1, "left?", "right"), tiny.example(4, 1, "How many shapes?", "three")]
+    return [
+        tiny.example(0),
+        tiny.example(3, 1, "left?", "right"),
+        tiny.example(4, 1, "How many shapes?", "three"),
+    ]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -81,7 +85,7 @@ def test_a_peft_adapter_loads_in_ours(family: str, rslora: bool, tmp_path: Path)
     targets = rf"{model.family.language}.*\.(q_proj|v_proj|down_proj)"
     saved = None if rslora else [path for path, s in model.adapters.sites.items() if s.group == "projector"]
     config = LoraConfig(
-        r=4, lora_alpha=12, target_modules=targets.replace(".", r"\.", 1), use_rslora=rslora, modules_to_save=saved,
+        r=4, lora_alpha=12, target_modules=targets, use_rslora=rslora, modules_to_save=saved,
         alpha_pattern={"v_proj": 3},
     )  # fmt: skip
     peft = get_peft_model(hf, config).eval()

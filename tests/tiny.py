@@ -1,7 +1,9 @@
-"""Tiny random models of three families, built from configs in memory: LLaVA-1.5, Qwen2.5-VL, SmolVLM/Idefics3.
+"""Tiny random models of three families, built from configs in memory: LLaVA-1.5, Qwen2.5-VL,
+SmolVLM/Idefics3.
 
-Real transformers classes, real Pillow image processors, a byte-level tokenizer trained on a few lines; nothing is read
-from disk or the network. Weights are larger than a default initialisation, so that greedy answers differ per sample.
+Real transformers classes, real Pillow image processors, a byte-level tokenizer trained on a few lines;
+nothing is read from disk or the network. Weights are larger than a default initialisation, so that greedy
+answers differ per sample.
 """
 
 from __future__ import annotations
@@ -42,11 +44,13 @@ LINES = [
 
 LLAVA_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
-    "<image>\n{% endif %}{% endfor %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}"
+    "<image>\n{% endif %}{% endfor %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}"
     "{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 QWEN_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -88,19 +92,31 @@ def _build(config: Any, seed: int) -> Any:
         for name, p in model.named_parameters():
             if p.ndim >= 2:
                 # larger than HF's 0.02, so that images and adapters visibly change the answers
-                p.copy_(torch.randn(p.shape) * (0.5 if "embed_tokens" in name else 1.5 / p.shape[1:].numel() ** 0.5))
+                p.copy_(
+                    torch.randn(p.shape)
+                    * (0.5 if "embed_tokens" in name else 1.5 / p.shape[1:].numel() ** 0.5)
+                )
     torch.set_rng_state(state)
     model.generation_config.eos_token_id = config.get_text_config().eos_token_id
     return model
 
 
-def llava(seed: int = 0, *, vision: int = 24, layers: int = 2, image: int = 24, patch: int = 8, text: dict[str, Any] | None = None, chat: bool = True) -> tuple[Any, Any]:  # fmt: skip
-    """LLaVA-1.5: CLIP tower, two-layer projector, Llama; with `chat=False` no template, as in old checkpoints."""
+def llava(
+    seed: int = 0,
+    *,
+    vision: int = 24,
+    layers: int = 2,
+    image: int = 24,
+    patch: int = 8,
+    text: dict[str, Any] | None = None,
+    chat: bool = True,
+) -> tuple[Any, Any]:
+    """LLaVA-1.5: CLIP tower, two-layer projector, Llama; `chat=False`: no template, as in old checkpoints."""
     tok = tokenizer(["<image>"], "</s>")
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=vision, intermediate_size=2 * vision, num_hidden_layers=layers + 1, num_attention_heads=4,
-            image_size=image, patch_size=patch, projection_dim=vision,
+            hidden_size=vision, intermediate_size=2 * vision, num_hidden_layers=layers + 1,
+            num_attention_heads=4, image_size=image, patch_size=patch, projection_dim=vision,
         ),
         text_config=LlamaConfig(**_text(tok, **(text or {}))),
         image_token_index=tok.convert_tokens_to_ids("<image>"),
@@ -119,18 +135,22 @@ def qwen2_5_vl(seed: int = 0) -> tuple[Any, Any]:
     special = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tok = tokenizer(special, "<|im_end|>")
     ids = {t: tok.convert_tokens_to_ids(t) for t in special}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
     config = Qwen2_5_VLConfig(
         vision_config={
             "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
             "patch_size": 7, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 28,
             "fullatt_block_indexes": [1],
         },
-        text_config=_text(tok, rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}),
+        text_config=_text(tok, rope_parameters=rope),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
     images = Qwen2VLImageProcessorPil(
-        patch_size=7, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+        patch_size=7,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56},
     )
     return _build(config, seed), PlainProcessor(tok, images, QWEN_TEMPLATE, "<|image_pad|>")
 
@@ -138,7 +158,14 @@ def qwen2_5_vl(seed: int = 0) -> tuple[Any, Any]:
 def idefics3(seed: int = 0) -> tuple[Any, Any]:
     """Idefics3 (SmolVLM's architecture): SigLIP tower, pixel shuffle, an image as several crops."""
     rows = [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)]
-    special = ["<|im_start|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows]
+    special = [
+        "<|im_start|>",
+        "<fake_token_around_image>",
+        "<image>",
+        "<end_of_utterance>",
+        "<global-img>",
+        *rows,
+    ]
     tok = tokenizer([s for s in special if s != "<end_of_utterance>"], "<end_of_utterance>")
     config = Idefics3Config(
         vision_config={
@@ -149,7 +176,9 @@ def idefics3(seed: int = 0) -> tuple[Any, Any]:
         image_token_id=tok.convert_tokens_to_ids("<image>"), scale_factor=2, pad_token_id=tok.pad_token_id,
     )  # fmt: skip
     images = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    return _build(config, seed), Idefics3Processor(images, tok, image_seq_len=4, chat_template=IDEFICS_TEMPLATE)
+    return _build(config, seed), Idefics3Processor(
+        images, tok, image_seq_len=4, chat_template=IDEFICS_TEMPLATE
+    )
 
 
 BUILDERS = {"llava": llava, "qwen2_5_vl": qwen2_5_vl, "idefics3": idefics3}
@@ -167,7 +196,9 @@ def picture(seed: int, height: int = 24, width: int = 24) -> np.ndarray:
     return np.kron(coarse, np.ones((height // 4, width // 4, 1), dtype=np.uint8))
 
 
-def example(i: int, images: int = 1, question: str = "What colour is the square?", answer: str = "red") -> Example:
+def example(
+    i: int, images: int = 1, question: str = "What colour is the square?", answer: str = "red"
+) -> Example:
     """One example; `i` names it and seeds its pictures (of differing shapes where there are several)."""
     messages = (Message("user", question, images), Message("assistant", answer))
     pictures = tuple(picture(10 * i + k, 24 + 8 * k, 24 + 4 * k) for k in range(images))

@@ -201,7 +201,10 @@ class AdapterBank:
         if visual and self.image_row_I is not None:
             w = w[self.image_row_I.to(w.device)]
             if self.image_tokens_I is not None and x.shape[0] != len(w):
-                w = w.repeat_interleave(self.image_tokens_I.to(w.device))
+                rows = self.image_tokens_I.to(w.device)
+                if len(rows):  # in front of a merger, a tower has several rows (patches) for each token
+                    rows = rows * max(1, x.shape[0] // int(rows.sum()))
+                w = w.repeat_interleave(rows)
             elif len(w) and x.shape[0] != len(w) and x.shape[0] % len(w) == 0:
                 w = w.repeat_interleave(x.shape[0] // len(w))
         if x.shape[0] != len(w):

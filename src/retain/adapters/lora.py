@@ -1,11 +1,12 @@
-"""Adapter kinds on one linear layer: K low-rank adapters (LoRA, Hu et al. 2021), or K dense deltas for a projector.
+"""Adapter kinds on one linear layer: K low-rank adapters (LoRA, Hu et al. 2021), or K dense deltas for a
+projector.
 
     y = W x + sum_k w_k (alpha/r) B_k A_k x          LoRA
     y = W x + sum_k w_k (dW_k x + db_k)              dense delta
 
-The base layer is called as a black box, so quantised layers work. One active adapter with a plain number costs the
-two products of ordinary LoRA; several, or weights per sample, are stacked along the rank: still two products.
-PEFT's `adapter_names` picks one adapter per sample and cannot blend, which is why the bank is ours.
+The base layer is called as a black box, so quantised layers work. One active adapter with a plain number
+costs the two products of ordinary LoRA; several, or weights per sample, are stacked along the rank: still two
+products. PEFT's `adapter_names` picks one adapter per sample and cannot blend, which is why the bank is ours.
 """
 
 # B batch, T tokens, K active adapters, R summed rank
@@ -31,8 +32,9 @@ from retain.types import RetainError
 class LoraSpec:
     """Which layers get LoRA, which are copied whole, and how large.
 
-    `targets` is a regular expression over module paths, or "language" (all linear layers of the language model but
-    the output head), or "all". `dense` names modules trained as full deltas (the projector); "" for none.
+    `targets` is a regular expression over module paths, or "language" (all linear layers of the language
+    model but the output head), or "all". `dense` names modules trained as full deltas (the projector); "" for
+    none.
     """
 
     rank: int = 16
@@ -112,7 +114,12 @@ class LoraLinear(_Adapted):
         scale = self.spec.scale
         if numbers and len(active) == 1:
             scale *= float(active[0][1])
-        fused = numbers and not autocast and type(self.base) is nn.Linear and x.dtype == A.dtype == self.base.weight.dtype
+        fused = (
+            numbers
+            and not autocast
+            and type(self.base) is nn.Linear
+            and x.dtype == A.dtype == self.base.weight.dtype
+        )
         if fused:
             fast: Tensor = _Fused.apply(x, seen, self.base.weight, self.base.bias, A, B, scale)
             return fast
@@ -151,8 +158,9 @@ class LoraLinear(_Adapted):
 class _Fused(torch.autograd.Function):
     """W x + b + scale B A x' for a frozen W as one node; x' is x, or x after dropout.
 
-    The same forward arithmetic as separate operations. In the backward the scale meets only the R-wide product, and the
-    gradient of x is added up inside one matrix product, so no full-width temporary is multiplied or added.
+    The same forward arithmetic as separate operations. In the backward the scale meets only the R-wide
+    product, and the gradient of x is added up inside one matrix product, so no full-width temporary is
+    multiplied or added.
     """
 
     @staticmethod
@@ -187,7 +195,7 @@ class _Fused(torch.autograd.Function):
 
 
 class DenseLinear(_Adapted):
-    """K dense deltas on one linear layer (weight and bias), all zero at first: the projector as an adapter."""
+    """K dense deltas on one linear layer (weight, bias), zero at first: the projector as an adapter."""
 
     def __init__(self, base: nn.Module, layer: int | None, group: str, visual: bool) -> None:
         super().__init__(base, layer, group, visual)
@@ -213,7 +221,7 @@ class DenseLinear(_Adapted):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         for name, w in self.active():
-            bias = self.delta_bias[name] if name in self.delta_bias else None
+            bias = self.delta_bias[name] if self.base.bias is not None else None
             weight = self.delta_weight[name]
             xx = x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
             delta = F.linear(xx, weight, bias)
@@ -235,7 +243,8 @@ def attach(
 ) -> AdapterBank:
     """Put sites around the layers that `spec` names and return the bank. The base is frozen.
 
-    `language` is the path prefix of the language model, `projector` the prefixes of the modules that "projector" means.
+    `language` is the path prefix of the language model, `projector` the prefixes of the modules that
+    "projector" means.
     """
     model.requires_grad_(False)
     chosen = _chooser(spec.targets, language)
@@ -256,7 +265,9 @@ def attach(
         setattr(model.get_submodule(parent), leaf, site)
         sites[path] = site
     if not any(isinstance(s, LoraLinear) for s in sites.values()):
-        raise RetainError(f"adapter: targets {spec.targets!r} match no linear layer; there are {sorted(linears)[:8]} …")
+        raise RetainError(
+            f"adapter: targets {spec.targets!r} match no linear layer; there are {sorted(linears)[:8]} …"
+        )
     bank = AdapterBank(sites, {**(signature or {}), "lora": asdict(spec)})
     for module in model.modules():
         if isinstance(module, _Adapted):

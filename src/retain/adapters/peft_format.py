@@ -1,12 +1,14 @@
 """Adapters on disk as stock PEFT writes them, and merging into a plain Hugging Face checkpoint.
 
-`adapter_config.json` and `adapter_model.safetensors`: LoRA factors per layer, the projector as `modules_to_save` with
-full weights (base + delta). A mix of K adapters is one adapter of rank K r with concatenated factors, exactly:
+`adapter_config.json` and `adapter_model.safetensors`: LoRA factors per layer, the projector as
+`modules_to_save` with full weights (base + delta). A mix of K adapters is one adapter of rank K r with
+concatenated factors, exactly:
 
     sum_k w_k s B_k A_k = s [w_1 B_1 … w_K B_K] [A_1; …; A_K]
 
-PEFT's `add_weighted_adapter` is not used: it adds cross terms or truncates. Nothing here imports peft; the format is that
-of peft 0.21 (github.com/huggingface/peft, LoraConfig). PEFT only warns about a missing key; here it is an error.
+PEFT's `add_weighted_adapter` is not used: it adds cross terms or truncates. Nothing here imports peft; the
+format is that of peft 0.21 (github.com/huggingface/peft, LoraConfig). PEFT only warns about a missing key;
+here it is an error.
 """
 
 # r rank, K adapters
@@ -42,7 +44,7 @@ _RENAMED = (
 )
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
+# -- writing -------------------------------------------------------------------------------------------------
 
 
 def save_peft(bank: AdapterBank, what: str | Mix, folder: str | Path, base_name: str) -> Path:
@@ -74,7 +76,9 @@ def export(bank: AdapterBank, mix: Mix, base_name: str) -> tuple[dict[str, Any],
         if isinstance(site, LoraLinear):
             factors = [(site.tensors(n), float(weights.get(n, 0.0))) for n in names]
             A = torch.cat([t["lora_A"].detach() for t, _ in factors])
-            B = torch.cat([t["lora_B"].detach() if w == 1.0 else t["lora_B"].detach() * w for t, w in factors], dim=1)
+            B = torch.cat(
+                [t["lora_B"].detach() if w == 1.0 else t["lora_B"].detach() * w for t, w in factors], dim=1
+            )
             tensors[f"{_PREFIX}{path}.lora_A.weight"] = A.contiguous().cpu().clone()
             tensors[f"{_PREFIX}{path}.lora_B.weight"] = B.contiguous().cpu().clone()
             targets.append(path)
@@ -85,7 +89,9 @@ def export(bank: AdapterBank, mix: Mix, base_name: str) -> tuple[dict[str, Any],
                 tensors[f"{_PREFIX}{path}.{key}"] = full.cpu()
             saved.append(path)
         else:
-            raise RetainError(f"{path}: a {type(site).__name__} has no PEFT form; only LoRA and dense deltas can be exported")
+            raise RetainError(
+                f"{path}: a {type(site).__name__} has no PEFT form; only LoRA and dense deltas have"
+            )
     return {**config, "target_modules": sorted(targets), "modules_to_save": sorted(saved) or None}, tensors
 
 
@@ -116,7 +122,9 @@ def _numbers(bank: AdapterBank, mix: Mix) -> list[str]:
             if name not in bank.names:
                 raise RetainError(f"no adapter {name!r}; the bank holds {bank.names}")
             if isinstance(w, Tensor) and w.ndim:
-                raise RetainError(f"the weight of {name!r} is per sample; only a mix of numbers is one adapter")
+                raise RetainError(
+                    f"the weight of {name!r} is per sample; only a mix of numbers is one adapter"
+                )
     return mix.names
 
 
@@ -139,17 +147,20 @@ def _dense(site: DenseLinear, weights: Mapping[str, Any], names: Sequence[str]) 
 
 def _plain(weight: Tensor, where: str) -> None:
     if not weight.is_floating_point():
-        raise RetainError(f"{where}: the base is quantised ({weight.dtype}); load it in bf16 or fp32 to merge or export it")
+        raise RetainError(
+            f"{where}: the base is quantised ({weight.dtype}); load it in bf16 or fp32 to merge or export it"
+        )
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------------------
 
 
 def load_peft(bank: AdapterBank, name: str, folder: str | Path) -> None:
     """Load any PEFT LoRA folder into the bank as `name`, added when it is new.
 
-    Layers that the adapter's config does not target keep B = 0, as in PEFT. Another alpha or rsLoRA is folded into B.
-    Raises RetainError for another base or rank (both values), other kinds of adapter (by name), missing or unknown keys.
+    Layers that the adapter's config does not target keep B = 0, as in PEFT. Another alpha or rsLoRA is folded
+    into B. Raises RetainError for another base or rank (both values), other kinds of adapter (by name),
+    missing or unknown keys.
     """
     folder = Path(folder)
     config, tensors, base = _read(folder)
@@ -186,17 +197,22 @@ def _supported(config: Mapping[str, Any], folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise RetainError(f"{folder}: peft_type {config.get('peft_type')!r} is not LoRA")
     off = {
-        "use_dora", "fan_in_fan_out", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
-        "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kappa_tuner_config", "monteclora_config",
+        "use_dora", "fan_in_fan_out", "lora_bias", "layer_replication", "trainable_token_indices",
+        "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
+        "kappa_tuner_config", "monteclora_config",
     }  # fmt: skip
     used = sorted(k for k in off if config.get(k))
     if used:
         raise RetainError(f"{folder}: {', '.join(used)} cannot be loaded; plain LoRA and rsLoRA can")
     if config.get("bias", "none") != "none":
-        raise RetainError(f"{folder}: bias={config['bias']!r} changes the base's biases; only bias='none' can be loaded")
+        raise RetainError(
+            f"{folder}: bias={config['bias']!r} changes the base's biases; only bias='none' can be loaded"
+        )
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal"):
-        raise RetainError(f"{folder}: init_lora_weights={init!r} changes the base's weights; convert it to plain LoRA first")
+        raise RetainError(
+            f"{folder}: init_lora_weights={init!r} changes the base's weights; convert it to plain LoRA first"
+        )
 
 
 def _by_path(tensors: Mapping[str, Tensor], bank: AdapterBank, folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -208,13 +224,17 @@ def _by_path(tensors: Mapping[str, Tensor], bank: AdapterBank, folder: Path) -> 
         found = re.fullmatch(r"(.+)\.(lora_A|lora_B)(?:\.default)?\.weight", inner)
         found = found or re.fullmatch(r"(.+?)(?:\.modules_to_save(?:\.default)?)?\.(weight|bias)", inner)
         path = _own(found[1], bank) if found else None
-        if found is None or path is None or (found[2].startswith("lora_") != isinstance(bank.sites[path], LoraLinear)):
+        if (
+            found is None
+            or path is None
+            or (found[2].startswith("lora_") != isinstance(bank.sites[path], LoraLinear))
+        ):
             unknown.append(key)
             continue
         out.setdefault(path, {})[found[2]] = value
     if unknown:
         raise RetainError(
-            f"{folder}: {len(unknown)} keys fit nothing in this model's adapters, first {sorted(unknown)[0]!r}; "
+            f"{folder}: {len(unknown)} keys fit no adapter of this model, first {sorted(unknown)[0]!r}; "
             f"the model adapts {list(bank.sites)[:2]} … (adapter targets and dense decide which)"
         )
     return out
@@ -232,7 +252,11 @@ def _own(path: str, bank: AdapterBank) -> str | None:
 
 
 def _state(
-    bank: AdapterBank, name: str, by_path: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], folder: Path
+    bank: AdapterBank,
+    name: str,
+    by_path: Mapping[str, Mapping[str, Tensor]],
+    config: Mapping[str, Any],
+    folder: Path,
 ) -> dict[str, Tensor]:
     """The bank's own tensors from the file's: rescaled factors, deltas against the base."""
     state = bank.state(name)
@@ -256,7 +280,9 @@ def _state(
                 base = getattr(site.base, k)
                 _plain(base, path)
                 if got[k].shape != base.shape:
-                    raise RetainError(f"{folder}: {path}.{k} is {tuple(got[k].shape)}, this base has {tuple(base.shape)}")
+                    raise RetainError(
+                        f"{folder}: {path}.{k} is {tuple(got[k].shape)}, this base has {tuple(base.shape)}"
+                    )
                 out[f"{path}.{k}"] = got[k].float().to(base.device) - base.detach().float()
     return out
 
@@ -270,7 +296,7 @@ def _factors(
         raise RetainError(f"{folder}: {path} has rank {A.shape[0]}, this bank has rank {site.spec.rank}")
     if A.shape[1] != n_in or B.shape[0] != n_out:
         raise RetainError(
-            f"{folder}: {path} maps {A.shape[1]} to {B.shape[0]} features, this base maps {n_in} to {n_out}: another base"
+            f"{folder}: {path} maps {A.shape[1]} to {B.shape[0]} features, this base {n_in} to {n_out}"
         )
     alpha = _pattern(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
     theirs = alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0])
@@ -287,7 +313,10 @@ def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
 def _targeted(path: str, site: object, config: Mapping[str, Any]) -> bool:
     """Whether the config claims this site, so that its tensors must be in the file."""
     if not isinstance(site, LoraLinear):
-        return any(path == m or f".{path}".endswith(f".{m}") or f".{m}." in f".{path}" for m in config.get("modules_to_save") or [])
+        return any(
+            path == m or f".{path}".endswith(f".{m}") or f".{m}." in f".{path}"
+            for m in config.get("modules_to_save") or []
+        )
     targets = config.get("target_modules") or []
     layers = config.get("layers_to_transform")
     if layers is not None and site.layer not in ([layers] if isinstance(layers, int) else layers):
@@ -298,15 +327,15 @@ def _targeted(path: str, site: object, config: Mapping[str, Any]) -> bool:
 
 def _matches(path: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
-        return targets == "all-linear" or bool(targets) and re.fullmatch(targets, path) is not None
+        return targets == "all-linear" or (bool(targets) and re.fullmatch(targets, path) is not None)
     return any(path == t or path.endswith(f".{t}") for t in targets)
 
 
-# -- merging into the base --------------------------------------------------------------------------------------------
+# -- merging into the base -----------------------------------------------------------------------------------
 
 
 def merged_state(model: Any, mix: Mix) -> dict[str, Tensor]:
-    """The base's state dict under its own names, with a mix of numbers added to the weights (sums in fp32)."""
+    """The base's state dict under its own names, a mix of numbers added to its weights (sums in fp32)."""
     bank: AdapterBank = model.adapters
     names = _numbers(bank, mix)
     out: dict[str, Tensor] = {}
@@ -330,17 +359,21 @@ def merged_state(model: Any, mix: Mix) -> dict[str, Tensor]:
                 w = float(weights.get(n, 0.0))
                 if w:
                     t = site.tensors(n)
-                    value = value + w * site.spec.scale * (t["lora_B"].detach().float() @ t["lora_A"].detach().float())
+                    value = value + w * site.spec.scale * (
+                        t["lora_B"].detach().float() @ t["lora_A"].detach().float()
+                    )
             value = value.to(dtype)
         out[f"{site_path}.{leaf}"] = value
     return out
 
 
 def merge_into_base(model: Any, mix: Mix, folder: str | Path, batches: Sequence[Batch] = ()) -> float:
-    """Write a plain Hugging Face checkpoint with the mix merged in; returns the largest logit difference on `batches`.
+    """Write a plain Hugging Face checkpoint with the mix merged in; returns the largest logit difference on
+    `batches`.
 
-    The checkpoint is read back from disk and run without adapters, so the difference is that of what was written
-    (NaN without batches: nothing was compared). `model` is an `HFModel`; its `guide/` folder is copied along.
+    The checkpoint is read back from disk and run without adapters, so the difference is that of what was
+    written (NaN without batches: nothing was compared). `model` is an `HFModel`; its `guide/` folder is
+    copied along.
     """
     folder = Path(folder)
     state = {k: v.contiguous() for k, v in merged_state(model, mix).items()}
@@ -353,7 +386,9 @@ def merge_into_base(model: Any, mix: Mix, folder: str | Path, batches: Sequence[
         return float("nan")
     was = model.training
     model.train(False)
-    back = type(model.hf).from_pretrained(folder, dtype=model.hf.dtype, local_files_only=True).to(model.device)
+    back = (
+        type(model.hf).from_pretrained(folder, dtype=model.hf.dtype, local_files_only=True).to(model.device)
+    )
     plain = type(model)(back, model.processor, model.spec, precision=model.precision)
     worst = 0.0
     with torch.no_grad():

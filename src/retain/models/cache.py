@@ -1,8 +1,8 @@
 """A least-recently-used store of tensors with a budget in bytes: what is frozen is computed once.
 
-Holds vision-tower features, preprocessed pixels and guide features, keyed by a digest of their content. A miss after
-an eviction computes the same bits again (the computation never depends on the batch), so a budget changes the time
-and nothing else.
+Holds vision-tower features, preprocessed pixels and guide features, keyed by a digest of their content. A
+miss after an eviction computes the same bits again (the computation never depends on the batch), so a budget
+changes the time and nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def n_bytes(value: Value) -> int:
 
 
 class ByteLRU(Generic[V]):
-    """A mapping from digest to tensor(s) that forgets the least recently used entries beyond `budget` bytes."""
+    """Digest to tensor(s); the least recently used entries beyond `budget` bytes are forgotten."""
 
     def __init__(self, budget: int) -> None:
         self.budget, self.used = budget, 0

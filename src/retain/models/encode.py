@@ -1,9 +1,10 @@
 """From examples to token ids and pixels: chat template, image tokens, prompt and answer, each computed once.
 
-The answer is tokenised in the context of the prompt, and the prompt's tokens in training are those at inference: where
-a tokenizer would merge across the border, the answer is tokenised on its own instead. Image placeholders are expanded
-by the processor's own `replace_image_token`, one image at a time, so nothing depends on the batch. Without a chat
-template the conversation is LLaVA's `vicuna_v1` (github.com/haotian-liu/LLaVA, llava/conversation.py).
+The answer is tokenised in the context of the prompt, and the prompt's tokens in training are those at
+inference: where a tokenizer would merge across the border, the answer is tokenised on its own instead. Image
+placeholders are expanded by the processor's own `replace_image_token`, one image at a time, so nothing
+depends on the batch. Without a chat template the conversation is LLaVA's `vicuna_v1`
+(github.com/haotian-liu/LLaVA, llava/conversation.py).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ VICUNA_V1 = (
     "{{ 'A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' }}"
     "{% for m in messages %}"
-    "{% if m['role'] == 'user' %}{{ ' USER: ' }}{% elif m['role'] == 'assistant' %}{{ ' ASSISTANT: ' }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ ' USER: ' }}{% endif %}"
+    "{% if m['role'] == 'assistant' %}{{ ' ASSISTANT: ' }}{% endif %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>\\n' }}{% endif %}{% endfor %}"
     "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
@@ -38,7 +40,7 @@ VICUNA_V1 = (
 
 @dataclass(frozen=True, eq=False)
 class ImageRef:
-    """One image of an example: a digest of its pixels, how many tokens and tower rows it becomes, and its source."""
+    """One image of an example: digest of pixels, source, and how many tokens and tower rows it becomes."""
 
     key: str
     source: ImageSource
@@ -49,7 +51,7 @@ class ImageRef:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """An example as token ids. Image tokens are only in the prompt; the answer ends with EOS unless truncated."""
+    """An example as token ids. Image tokens are in the prompt only; an untruncated answer ends with EOS."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
@@ -75,8 +77,8 @@ def open_image(source: ImageSource, example_id: str) -> PILImage.Image:
 class Encoder:
     """Turns examples into `Encoded`, and images into the tensors that the tower takes.
 
-    `max_length` is in tokens. A longer example is an error that names it, or with `truncate` loses the end of its
-    answer; prompts and image tokens are never cut.
+    `max_length` is in tokens. A longer example is an error that names it, or with `truncate` loses the end of
+    its answer; prompts and image tokens are never cut.
     """
 
     def __init__(
@@ -92,7 +94,9 @@ class Encoder:
         self.tokenizer = processor.tokenizer
         self.max_length, self.truncate = max_length, truncate
         self.template: str = processor.chat_template or self.tokenizer.chat_template or VICUNA_V1
-        self.image_token: str = getattr(processor, "image_token", None) or self.tokenizer.decode([image_token_id])
+        self.image_token: str = getattr(processor, "image_token", None) or self.tokenizer.decode(
+            [image_token_id]
+        )
         self.pixels: ByteLRU[Mapping[str, Tensor]] = ByteLRU(budget)
         self._seen: weakref.WeakKeyDictionary[Example, Encoded] = weakref.WeakKeyDictionary()
 
@@ -107,14 +111,14 @@ class Encoder:
         return found
 
     def image(self, ref: ImageRef, example_id: str) -> Mapping[str, Tensor]:
-        """The processor's tensors for one image, with a leading axis of one image (or its flattened patches)."""
+        """The processor's tensors for one image, led by an axis of one image (or of its flat patches)."""
         found = self.pixels.get(ref.key)
         if found is None:
             found = self._process(open_image(ref.source, example_id))
             self.pixels.put(ref.key, found)
         return {k: v for k, v in found.items() if k not in ("rows", "cols")}
 
-    # -- text -----------------------------------------------------------------------------------------------------
+    # -- text ------------------------------------------------------------------------------------------------
 
     def render(self, messages: tuple[Message, ...], generate: bool) -> str:
         """The conversation as text by the chat template, one placeholder per image."""
@@ -131,7 +135,9 @@ class Encoder:
     def ids(self, text: str) -> list[int]:
         """Token ids of a rendered conversation; BOS is added unless the template wrote it."""
         bos = self.tokenizer.bos_token
-        ids: list[int] = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))[
+            "input_ids"
+        ]
         return ids
 
     def _encode(self, example: Example) -> Encoded:
@@ -140,7 +146,7 @@ class Encoder:
         text = self.render(prompt_messages, generate=True)
         if text.count(self.image_token) != len(example.images):
             raise RetainError(
-                f"example {example.id!r}: {len(example.images)} images, but its text as the model sees it has "
+                f"example {example.id!r}: {len(example.images)} images, but the text that the model sees has "
                 f"{text.count(self.image_token)} {self.image_token!r}"
             )
         refs, parts = [], text.split(self.image_token)
@@ -152,7 +158,9 @@ class Encoder:
         prompt = self.ids(expanded)
         found = prompt.count(self.image_token_id)
         if found != sum(r.n_tokens for r in refs):
-            raise RetainError(f"example {example.id!r}: {found} image tokens for {sum(r.n_tokens for r in refs)} features")
+            raise RetainError(
+                f"example {example.id!r}: {found} image tokens for {sum(r.n_tokens for r in refs)} features"
+            )
         answer: list[int] = []
         if example.messages and example.messages[-1].role == "assistant":
             before, after = self._around(text, messages, example.answer)
@@ -176,7 +184,7 @@ class Encoder:
         return alone
 
     def _end(self, after: str) -> int:
-        """The token that ends a turn: the one the template writes if it is an EOS, else the tokenizer's own."""
+        """The token that ends a turn: what the template writes if it is an EOS, else the tokenizer's own."""
         ids = self.tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if after.strip() else []
         if ids and ids[0] in self.eos:
             return int(ids[0])
@@ -191,11 +199,11 @@ class Encoder:
             return Encoded(encoded.prompt, encoded.answer[:room], encoded.images)
         raise RetainError(
             f"example {example.id!r}: {len(encoded.prompt)} tokens of prompt (of which "
-            f"{sum(r.n_tokens for r in encoded.images)} of images) and {len(encoded.answer)} of answer exceed "
-            f"max_length {self.max_length}; shorten it, raise max_length, or set truncate for long answers"
+            f"{sum(r.n_tokens for r in encoded.images)} of images) and {len(encoded.answer)} of answer "
+            f"exceed max_length {self.max_length}; shorten it, raise max_length, or set truncate"
         )
 
-    # -- images ---------------------------------------------------------------------------------------------------
+    # -- images ----------------------------------------------------------------------------------------------
 
     def _process(self, image: PILImage.Image) -> Mapping[str, Tensor]:
         extra = {"return_row_col_info": True} if hasattr(self.processor, "global_image_tag") else {}
@@ -219,12 +227,14 @@ class Encoder:
 
 
 def _placed(example: Example) -> tuple[Message, ...]:
-    """The messages with every image assigned to a turn: to the first user turn where the example does not say."""
+    """The messages with every image in a turn: the first user turn where the example does not say."""
     said = sum(m.images for m in example.messages)
     if said == len(example.images):
         return example.messages
     if said:
-        raise RetainError(f"example {example.id!r}: {len(example.images)} images, but its messages show {said}")
+        raise RetainError(
+            f"example {example.id!r}: {len(example.images)} images, but its messages show {said}"
+        )
     first = next((i for i, m in enumerate(example.messages) if m.role == "user"), None)
     if first is None:
         raise RetainError(f"example {example.id!r}: images without a user message to show them in")

@@ -1,11 +1,13 @@
-"""What differs between model families, in a few lines each: where the parts are, and how an image becomes tokens.
+"""What differs between model families, in a few lines each: where the parts are, and how an image becomes
+tokens.
 
-Paths follow transformers 5.x. A *split* family runs its frozen tower apart from its projector, so that tower features
-can be cached: LLaVA (Liu et al. 2023), Idefics3/SmolVLM (Laurençon et al. 2024), Qwen2-VL/Qwen2.5-VL (Bai et al. 2025).
-Any other family is called whole, as Hugging Face does, with its parts found by their usual names.
+Paths follow transformers 5.x. A *split* family runs its frozen tower apart from its projector, so that tower
+features can be cached: LLaVA (Liu et al. 2023), Idefics3/SmolVLM (Laurençon et al. 2024), Qwen2-VL/Qwen2.5-VL
+(Bai et al. 2025). Any other family is called whole, as Hugging Face does, with its parts found by their usual
+names.
 """
 
-# I images, R tower rows of an image (crops, or groups of patches), P patches, D width, M image tokens of the batch
+# I images, R tower rows of an image (crops, or groups of patches), P patches, D width, M image tokens
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Family:
     """Module paths, and for split families the two halves of the image path.
 
     `features` maps one image's inputs to frozen features (R, …); `project` maps the features of all images,
-    concatenated along R, to embeddings (M, D). `stack` says that images of equal size may share one tower call.
+    concatenated along R, to embeddings (M, D). `stack` says that images of equal size may share one tower
+    call.
     """
 
     name: str
@@ -44,7 +47,7 @@ class Family:
         return model.get_submodule(path)
 
 
-# -- LLaVA ------------------------------------------------------------------------------------------------------------
+# -- LLaVA ---------------------------------------------------------------------------------------------------
 
 
 def _llava_features(model: Any, inputs: Inputs) -> Tensor:
@@ -62,7 +65,7 @@ def _llava_project(model: Any, features: Tensor) -> Tensor:
     return projected.flatten(0, 1)
 
 
-# -- Idefics3, SmolVLM: an image is R crops ---------------------------------------------------------------------------
+# -- Idefics3, SmolVLM: an image is R crops ------------------------------------------------------------------
 
 
 def _idefics_features(model: Any, inputs: Inputs) -> Tensor:
@@ -72,7 +75,9 @@ def _idefics_features(model: Any, inputs: Inputs) -> Tensor:
     if mask is None:
         mask = torch.ones(len(pixels), *pixels.shape[-2:], device=pixels.device)
     patches = mask.flatten(0, -3).unfold(1, size, size).unfold(2, size, size).sum((-1, -2)) > 0
-    hidden: Tensor = model.model.vision_model(pixel_values=pixels, patch_attention_mask=patches).last_hidden_state
+    hidden: Tensor = model.model.vision_model(
+        pixel_values=pixels, patch_attention_mask=patches
+    ).last_hidden_state
     return hidden  # (R, P, D)
 
 
@@ -81,7 +86,7 @@ def _idefics_project(model: Any, features: Tensor) -> Tensor:
     return projected.flatten(0, 1)
 
 
-# -- Qwen2-VL, Qwen2.5-VL: patches of any number, merged 2 x 2 by the projector ---------------------------------------
+# -- Qwen2-VL, Qwen2.5-VL: patches of any number, merged 2 x 2 by the projector ------------------------------
 
 
 class _Keep(nn.Module):
@@ -117,14 +122,19 @@ def _qwen_project(model: Any, features: Tensor) -> Tensor:
     return merged  # (R, D)
 
 
-# -- the table --------------------------------------------------------------------------------------------------------
+# -- the table -----------------------------------------------------------------------------------------------
 
 _LLAVA = Family(
     "llava", "model.language_model", "model.vision_tower", ("model.multi_modal_projector",),
     _llava_features, _llava_project, stack=True,
 )  # fmt: skip
 _IDEFICS = Family(
-    "idefics3", "model.text_model", "model.vision_model", ("model.connector",), _idefics_features, _idefics_project
+    "idefics3",
+    "model.text_model",
+    "model.vision_model",
+    ("model.connector",),
+    _idefics_features,
+    _idefics_project,
 )
 _QWEN = Family(
     "qwen2_vl", "model.language_model", "model.visual", ("model.visual.merger",),
@@ -149,7 +159,14 @@ FAMILIES: dict[str, Family] = {
 
 _LANGUAGE = ("language_model", "text_model")
 _TOWER = ("vision_tower", "vision_model", "visual", "vision_encoder")
-_PROJECTOR = ("multi_modal_projector", "connector", "mm_projector", "embed_vision", "aligner", "visual.merger")
+_PROJECTOR = (
+    "multi_modal_projector",
+    "connector",
+    "mm_projector",
+    "embed_vision",
+    "aligner",
+    "visual.merger",
+)
 
 
 def family_of(model: Any, name: str | None = None) -> Family:
@@ -169,7 +186,9 @@ def family_of(model: Any, name: str | None = None) -> Family:
             for n in names:
                 if prefix + n in paths:
                     return prefix + n
-        raise RetainError(f"model family {kind!r}: found no {what} among {list(names)}; name a family of {sorted(FAMILIES)}")
+        raise RetainError(
+            f"model family {kind!r}: found no {what} among {list(names)}; name a family of {sorted(FAMILIES)}"
+        )
 
     language, tower = find("language model", _LANGUAGE), find("vision tower", _TOWER)
     grid = hasattr(getattr(model, "model", None), "get_rope_index")

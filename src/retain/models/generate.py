@@ -1,8 +1,8 @@
 """Greedy decoding of a batch, equal to decoding each sample alone.
 
-The prompt runs once with padding on the left and logits at the last position only; then one token per step over the
-key-value cache. Rows leave the cache, and the adapter mix, as they finish. Hugging Face's `generate` keeps finished
-rows to the end and knows no mix per sample. A batch without padding needs no mask.
+The prompt runs once with padding on the left and logits at the last position only; then one token per step
+over the key-value cache. Rows leave the cache, and the adapter mix, as they finish. Hugging Face's `generate`
+keeps finished rows to the end and knows no mix per sample. A batch without padding needs no mask.
 """
 
 # B batch, T tokens, S tokens seen so far, V vocabulary

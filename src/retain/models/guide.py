@@ -1,10 +1,10 @@
 """What routers compare: frozen features of a sample's images and of its instruction, unit length, fp32.
 
-With a stock CLIP model (Radford et al. 2021; the folder `guide/` beside the base, or one named in the recipe) they are
-its aligned image and text embeddings, as in HiDe-LLaVA, DISCO and ModalPrompt. Without one they are mean-pooled
-features of the base's own frozen tower and mean-pooled frozen input embeddings of the instruction's tokens: not
-aligned with each other, but each comparable with itself. Every image and text runs alone, so a route never depends on
-the batch, and each is computed once.
+With a stock CLIP model (Radford et al. 2021; the folder `guide/` beside the base, or one named in the recipe)
+they are its aligned image and text embeddings, as in HiDe-LLaVA, DISCO and ModalPrompt. Without one they are
+mean-pooled features of the base's own frozen tower and mean-pooled frozen input embeddings of the
+instruction's tokens: not aligned with each other, but each comparable with itself. Every image and text runs
+alone, so a route never depends on the batch, and each is computed once.
 """
 
 # B batch, F image features, D text features
@@ -32,7 +32,7 @@ GuideSource = str | Path | None
 
 
 class Guider:
-    """Guide features of a model's examples; the CLIP model is loaded when the first features are asked for."""
+    """Guide features of a model's examples; a CLIP model is loaded when features are first asked for."""
 
     def __init__(self, model: HFModel, source: GuideSource, budget: int = 1 << 27) -> None:
         self._model = weakref.ref(model)
@@ -62,7 +62,9 @@ class Guider:
             found = self._kept.get(key)
             if found is None:
                 clip = self._loaded()
-                found = unit(clip.image(open_image(ref.source, example.id)) if clip else self._pooled(example, ref.key))
+                found = unit(
+                    clip.image(open_image(ref.source, example.id)) if clip else self._pooled(example, ref.key)
+                )
                 self._kept.put(key, found)
             each.append(found)
         return unit(torch.stack(each).mean(0)) if each else torch.zeros(self._width())
@@ -82,9 +84,11 @@ class Guider:
             return clip.width
         vision = self._base().hf.config.vision_config
         layers = getattr(self._base().hf.config, "vision_feature_layer", -1)
-        return int(getattr(vision, "hidden_size", 0) or vision.embed_dim) * (len(layers) if isinstance(layers, list) else 1)
+        return int(getattr(vision, "hidden_size", 0) or vision.embed_dim) * (
+            len(layers) if isinstance(layers, list) else 1
+        )
 
-    # -- without a CLIP model -------------------------------------------------------------------------------------
+    # -- without a CLIP model --------------------------------------------------------------------------------
 
     def _pooled(self, example: Example, key: str) -> Tensor:
         base = self._base()
@@ -128,11 +132,15 @@ class _Clip:
 
         name, local = where(source)
         try:
-            self.model = clip.from_pretrained(name, local_files_only=local).to(device).eval().requires_grad_(False)
+            self.model = (
+                clip.from_pretrained(name, local_files_only=local).to(device).eval().requires_grad_(False)
+            )
             self.tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
             self.processor = auto.from_pretrained(name, local_files_only=local, backend="pil")
         except (OSError, ValueError) as error:
-            raise RetainError(f"guide {name!r} is no CLIP model with tokenizer and image processor: {error}") from error
+            raise RetainError(
+                f"guide {name!r} is no CLIP model with tokenizer and image processor: {error}"
+            ) from error
         self.device = device
         self.width = int(self.model.config.projection_dim)
         self.max_tokens = int(self.model.config.text_config.max_position_embeddings)
@@ -144,7 +152,9 @@ class _Clip:
         return out[0].float().cpu()
 
     def text(self, text: str) -> Tensor:
-        ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens, return_tensors="pt")["input_ids"]
+        ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens, return_tensors="pt")[
+            "input_ids"
+        ]
         pooled = self.model.text_model(input_ids=ids.to(self.device)).pooler_output
         out: Tensor = self.model.text_projection(pooled)
         return out[0].float().cpu()

@@ -1,12 +1,14 @@
-"""Any Hugging Face image-text-to-text model as a `Model`: frozen, with everything that trains in its adapter bank.
+"""Any Hugging Face image-text-to-text model as a `Model`: frozen, with everything that trains in its adapter
+bank.
 
-The forward is Hugging Face's own arithmetic with the frozen part taken out: vision-tower features are computed once per
-image and cached, the projector and the language model run with their adapters, and logits are taken only where an
-answer token is predicted. Features are computed in calls of one fixed shape, so they do not depend on the batch and a
-cold cache gives the same bits as a warm one. Families: `retain.models.family`.
+The forward is Hugging Face's own arithmetic with the frozen part taken out: vision-tower features are
+computed once per image and cached, the projector and the language model run with their adapters, and logits
+are taken only where an answer token is predicted. Features are computed in calls of one fixed shape, so they
+do not depend on the batch and a cold cache gives the same bits as a warm one. Families:
+`retain.models.family`.
 """
 
-# B batch, T tokens, N answer tokens, V vocabulary, D width, I images, M image tokens, R tower rows of an image
+# B batch, T tokens, N answer tokens, V vocabulary, D width, I images, M image tokens, R rows of an image
 
 from __future__ import annotations
 
@@ -37,10 +39,11 @@ CHUNK = 8  # images per tower call, where that gives the same bits as one by one
 class HFModel:
     """A frozen model with adapters. See `retain.models.base.Model` for the protocol.
 
-    `precision="bf16"` runs forwards under autocast. `max_length` defaults to the language model's positions; longer
-    examples are an error, or lose the end of their answer with `truncate`. `feature_cache` is in bytes. `guide` names
-    a stock CLIP folder or Hub id for routing features; without one, and without a `guide/` folder beside the model,
-    they are mean-pooled tower features and mean-pooled input embeddings of the instruction.
+    `precision="bf16"` runs forwards under autocast. `max_length` defaults to the language model's positions;
+    longer examples are an error, or lose the end of their answer with `truncate`. `feature_cache` is in
+    bytes. `guide` names a stock CLIP folder or Hub id for routing features; without one, and without a
+    `guide/` folder beside the model, they are mean-pooled tower features and mean-pooled input embeddings of
+    the instruction.
     """
 
     def __init__(
@@ -71,7 +74,11 @@ class HFModel:
         self._n_parameters = int(sum(p.numel() for p in hf_model.parameters()))
         signature: dict[str, object] = {"base": self._fingerprint, "family": self.family.name}
         self.adapters: AdapterBank = attach(
-            hf_model, self.spec, language=self.family.language, projector=self.family.projector, signature=signature
+            hf_model,
+            self.spec,
+            language=self.family.language,
+            projector=self.family.projector,
+            signature=signature,
         )
         self.frozen_tower = self.family.features is not None and not any(
             path.startswith(self.family.tower + ".") and not path.startswith(self.family.projector)
@@ -113,14 +120,14 @@ class HFModel:
         source = guide if guide is not None else (beside if beside.is_dir() else None)
         return cls(hf_model, processor, spec, name=str(name_or_dir), guide=source, **kwargs)
 
-    # -- batches --------------------------------------------------------------------------------------------------
+    # -- batches ---------------------------------------------------------------------------------------------
 
     def length(self, example: Example) -> int:
         """Tokens of prompt and answer, image tokens included."""
         return len(self.encode(example))
 
     def collate(self, examples: Sequence[Example], *, answers: bool) -> Batch:
-        """Tensors on the CPU. With answers: padded right, labels on answer tokens and EOS. Without: padded left."""
+        """On the CPU. With answers: padded right, labels on answer tokens and EOS. Without: padded left."""
         if not examples:
             raise RetainError("collate: an empty batch")
         encoded = [self.encode(e) for e in examples]
@@ -162,7 +169,7 @@ class HFModel:
         return int(pad) if pad is not None and pad != self.encode.image_token_id else min(self.eos)
 
     def _grid_positions(self, ids_BT: Tensor, mask_BT: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (3, B, T) by the model's own rule, and how far each row's next position is off its length."""
+        """Positions (3, B, T) by the model's own rule, and each row's next position less its length."""
         if not len(grids):
             positions = (mask_BT.cumsum(1) - 1).clamp(min=0)
             return positions.expand(3, -1, -1), torch.zeros(len(ids_BT), dtype=torch.long)
@@ -175,9 +182,12 @@ class HFModel:
     def _pixels(self, encoded: Sequence[Encoded], examples: Sequence[Example]) -> dict[str, Tensor]:
         """The images' own tensors for a tower that is not cached, one image after another."""
         each = [self.encode.image(r, x.id) for e, x in zip(encoded, examples, strict=True) for r in e.images]
-        return {k: torch.cat([one[k] for one in each]) for k in each[0]} if each else {}
+        if not each:
+            return {}
+        dim = 1 if each[0]["pixel_values"].ndim == 5 else 0  # crops of all images: (1, sum of R, ...)
+        return {k: torch.cat([one[k] for one in each], dim) for k in each[0]}
 
-    # -- forward --------------------------------------------------------------------------------------------------
+    # -- forward ---------------------------------------------------------------------------------------------
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that forwards run in: bf16 autocast, or nothing."""
@@ -207,11 +217,17 @@ class HFModel:
         inputs = {k: v.to(self.device, non_blocking=True) for k, v in batch.inputs.items()}
         # Right padding follows every real token, so a causal model needs no mask for it.
         mask = inputs["attention_mask"] if batch.meta["left"] and batch.meta["padded"] else None
-        call: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}
+        call: dict[str, Any] = {
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
         if "position_ids" in inputs and (self.family.grid_rope or mask is not None):
             call["position_ids"] = inputs["position_ids"]
         if self.family.features is None:
-            pixels = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "position_ids")}
+            pixels = {
+                k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "position_ids")
+            }
             out = self.hf.model(input_ids=inputs["input_ids"], **pixels, **call)
         else:
             out = self.language(inputs_embeds=self._embeddings(batch, inputs), **call)
@@ -234,7 +250,7 @@ class HFModel:
         assert self.family.features is not None
         return self.family.features(self.hf, inputs)
 
-    # -- the frozen tower -----------------------------------------------------------------------------------------
+    # -- the frozen tower ------------------------------------------------------------------------------------
 
     def _frozen_features(self, batch: Batch) -> Tensor:
         """Tower features of every image of the batch, concatenated: from the cache, or computed and kept."""
@@ -242,10 +258,12 @@ class HFModel:
 
     @torch.no_grad()
     def tower_features(self, batch: Batch) -> list[Tensor]:
-        """Frozen features (R, …) of each image of the batch, one tensor per image; needs a family that splits."""
+        """Frozen features (R, …), one tensor per image of the batch; needs a family that splits."""
         refs = batch.meta["images"]
         found: dict[str, Tensor | None] = {r.key: self.features.get(r.key) for r in refs}
-        missing = {r.key: (r, x) for r, x in zip(refs, batch.meta["image_ids"], strict=True) if found[r.key] is None}
+        missing = {
+            r.key: (r, x) for r, x in zip(refs, batch.meta["image_ids"], strict=True) if found[r.key] is None
+        }
         size = self._chunk_size() if self.family.stack else 1
         todo = list(missing.values())
         for start in range(0, len(todo), size):
@@ -279,11 +297,13 @@ class HFModel:
             same = True
             for k in range(1, CHUNK):
                 turned = self._tower(images[k:] + images[:k], CHUNK)
-                same = same and all(torch.equal(a, b) for a, b in zip(first, turned[-k:] + turned[:-k], strict=True))
+                same = same and all(
+                    torch.equal(a, b) for a, b in zip(first, turned[-k:] + turned[:-k], strict=True)
+                )
             self._chunk = CHUNK if same else 1
         return self._chunk
 
-    # -- inference ------------------------------------------------------------------------------------------------
+    # -- inference -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int) -> list[str]:
@@ -320,7 +340,7 @@ class HFModel:
         """Frozen, unit-length fp32 features of each sample's images (mean) and instruction; cached."""
         return self.guider(batch)
 
-    # -- about the model ------------------------------------------------------------------------------------------
+    # -- about the model -------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> HFModel:
         """Training mode: adapter dropout on. A frozen tower stays in eval mode."""
@@ -340,7 +360,7 @@ class HFModel:
         return self._n_parameters
 
     def flops_per_token(self) -> float:
-        """Forward FLOPs of one token through the language model: 2 x its parameters, embedding table aside, head included."""
+        """Forward FLOPs of a token in the language model: 2 x its parameters, head included, table not."""
         of_language = sum(p.numel() for n, p in self.language.named_parameters() if not _is_adapter(n))
         table = sum(p.numel() for p in self.embed.parameters())
         head = sum(p.numel() for p in self.head.parameters())

@@ -1,7 +1,8 @@
-"""Loading a stock Hugging Face checkpoint: model, tokenizer and a Pillow image processor, without torchvision.
+"""Loading a stock Hugging Face checkpoint: model, tokenizer and a Pillow image processor, without
+torchvision.
 
-A local folder is read offline; a Hub id is fetched by transformers. A name that looks like a folder and is not there
-is an error here, before anything asks the network.
+A local folder is read offline; a Hub id is fetched by transformers. A name that looks like a folder and is
+not there is an error here, before anything asks the network.
 """
 
 from __future__ import annotations
@@ -11,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from retain.types import RetainError
 
@@ -19,7 +26,9 @@ from retain.types import RetainError
 class PlainProcessor:
     """Tokenizer and image processor side by side, for processors whose class insists on a video processor."""
 
-    def __init__(self, tokenizer: Any, image_processor: Any, chat_template: str | None, image_token: str) -> None:
+    def __init__(
+        self, tokenizer: Any, image_processor: Any, chat_template: str | None, image_token: str
+    ) -> None:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.chat_template, self.image_token = chat_template, image_token
 
@@ -37,15 +46,20 @@ class PlainProcessor:
 
 
 def where(name_or_dir: str | Path) -> tuple[str, bool]:
-    """The checkpoint's folder or Hub id, and whether it is local. Raises RetainError for a folder that is not there."""
+    """The checkpoint's folder or Hub id, and whether it is local. A missing folder is a RetainError."""
     name = str(name_or_dir)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise RetainError(f"model {name!r}: the folder has no config.json; it holds {_some(path)}")
         return str(path), True
-    looks_local = isinstance(name_or_dir, Path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
-    if looks_local or path.parent.is_dir() and path.parent != Path("."):
+    looks_local = (
+        isinstance(name_or_dir, Path)
+        or path.is_absolute()
+        or name.startswith((".", "~"))
+        or name.count("/") != 1
+    )
+    if looks_local or (path.parent.is_dir() and path.parent != Path()):
         raise RetainError(f"model {name!r}: no such folder (a Hub id reads owner/name)")
     return name, False
 
@@ -66,7 +80,7 @@ def load_pretrained(
 
 
 def load_processor(name: str, local: bool) -> Any:
-    """AutoProcessor; where its class needs torchvision only for videos, its tokenizer and Pillow image processor."""
+    """AutoProcessor; where its class needs torchvision for videos, tokenizer and Pillow image processor."""
     reason: object = "AutoProcessor finds no tokenizer with an image processor"
     auto: Any = AutoProcessor
     try:
@@ -98,15 +112,17 @@ def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Every token that ends an answer: the generation config's, the model config's and the tokenizer's."""
     found: set[int] = set()
     text = model.config.get_text_config()
-    for ids in (getattr(model.generation_config, "eos_token_id", None), text.eos_token_id, tokenizer.eos_token_id):
+    for ids in (
+        getattr(model.generation_config, "eos_token_id", None),
+        text.eos_token_id,
+        tokenizer.eos_token_id,
+    ):
         found |= {int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None}
     vocabulary = int(text.vocab_size)
     found = {i for i in found if 0 <= i < vocabulary}
     if not found:
         raise RetainError("neither the model nor its tokenizer names an EOS token; answers could not end")
     return frozenset(found)
-
-
 
 
 def _some(path: Path) -> list[str]:
