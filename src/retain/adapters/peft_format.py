@@ -275,7 +275,7 @@ def _state(
             raise RetainError(f"{folder}: key {_PREFIX}{path}.{missing[0]} is missing")
         if isinstance(site, LoraLinear):
             out |= _factors(site, path, got, config, folder)
-        else:
+        elif isinstance(site, DenseLinear):
             for k in own:
                 base = getattr(site.base, k)
                 _plain(base, path)
