@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from retain.adapters.bank import AdapterBank
 from retain.adapters.lora import LoraSpec, attach
+from retain.models import llama
 from retain.models.cache import ByteLRU
 from retain.models.encode import Encoded, Encoder
 from retain.models.family import Family, family_of
@@ -200,10 +201,14 @@ class HFModel:
         next_BT = F.pad(batch.labels_BT[:, 1:], (0, 1), value=-100)
         at_N = (next_BT.flatten() != -100).nonzero().squeeze(1)
         labels_N = next_BT.flatten()[at_N].to(self.device)
-        row_N = (at_N // next_BT.shape[1]).to(self.device)
+        row_N, column_N = at_N // next_BT.shape[1], at_N % next_BT.shape[1]
         with self._images(batch), self.autocast():
-            hidden_BTD = self._hidden(batch)
-            logits_NV: Tensor = self.head(hidden_BTD.flatten(0, 1)[at_N.to(self.device)])
+            if self.fast:
+                hidden_ND = self._hidden_at(batch, row_N, column_N)
+            else:
+                hidden_ND = self._hidden(batch).flatten(0, 1)[at_N.to(self.device)]
+            logits_NV: Tensor = self.head(hidden_ND)
+        row_N = row_N.to(self.device)
         return Output(F.cross_entropy(logits_NV.float(), labels_N), logits_NV, labels_N, row_N)
 
     def _images(self, batch: Batch) -> AbstractContextManager[None]:
@@ -211,6 +216,31 @@ class HFModel:
         refs = batch.meta["images"]
         rows = torch.tensor([r.n_rows for r in refs], dtype=torch.long, device=self.device)
         return self.adapters.images(batch.image_row_I.to(self.device), rows)
+
+    @property
+    def fast(self) -> bool:
+        """Whether the language model runs through `retain.models.llama` instead of Hugging Face's forward."""
+        return self.family.features is not None and llama.supports(self.language)
+
+    def _hidden_at(self, batch: Batch, row_N: Tensor, column_N: Tensor) -> Tensor:
+        """Last hidden states (N, D) at places of a right-padded batch, rows ascending; only there."""
+        many_B = row_N.bincount(minlength=len(batch))
+        place_N = torch.arange(len(row_N)) - (many_B.cumsum(0) - many_B)[row_N]
+        at_BN = torch.zeros(len(batch), int(many_B.max()), dtype=torch.long)
+        at_BN[row_N, place_N] = column_N
+        inputs = {k: v.to(self.device, non_blocking=True) for k, v in batch.inputs.items()}
+        embeds_BTD = self._embeddings(batch, inputs)
+        hidden_BND = llama.forward(self.language, embeds_BTD, at_BN=at_BN.to(self.device))
+        return hidden_BND[row_N.to(self.device), place_N.to(self.device)]
+
+    def _last(self, batch: Batch, cache: Any) -> Tensor:
+        """Hidden states (B, 1, D) of the last place of a left-padded batch; keys and values to the cache."""
+        inputs = {k: v.to(self.device, non_blocking=True) for k, v in batch.inputs.items()}
+        embeds_BTD = self._embeddings(batch, inputs)
+        last = torch.full((len(batch), 1), embeds_BTD.shape[1] - 1, device=self.device)
+        padded = {"mask_BS": inputs["attention_mask"], "positions_BT": inputs["position_ids"]}
+        more = padded if batch.meta["padded"] else {}
+        return llama.forward(self.language, embeds_BTD, cache=cache, at_BN=last, **more)
 
     def _hidden(self, batch: Batch, cache: Any = None) -> Tensor:
         """Last hidden states (B, T, D) of the language model."""
@@ -322,7 +352,8 @@ class HFModel:
     def prefill(self, batch: Batch, cache: Any) -> Tensor:
         """Run the prompts into the cache; logits of the next token (B, V)."""
         with self._images(batch), self.autocast():
-            return next_logits(self._hidden(batch, cache), self.head)
+            hidden = self._last(batch, cache) if self.fast else self._hidden(batch, cache)
+            return next_logits(hidden, self.head)
 
     def decode(self, token_B: Tensor, position_B: Tensor, mask_BS: Tensor | None, cache: Any) -> Tensor:
         """One token per row onto the cache; logits of the next token (B, V)."""
@@ -330,6 +361,12 @@ class HFModel:
         if self.family.grid_rope:
             positions = positions.expand(3, -1, -1)
         with self.autocast():
+            if self.fast:
+                embeds = self.embed(token_B[:, None])
+                hidden = llama.forward(
+                    self.language, embeds, mask_BS=mask_BS, positions_BT=positions, cache=cache
+                )
+                return next_logits(hidden, self.head)
             out = self.language(
                 inputs_embeds=self.embed(token_B[:, None]), attention_mask=mask_BS, position_ids=positions,
                 past_key_values=cache, use_cache=True,

@@ -1,0 +1,173 @@
+"""Hugging Face's Llama decoder, run with the same modules in fewer passes over memory.
+
+The arithmetic is `LlamaModel.forward`'s (transformers 5.x); only the order of sums differs. Linear layers
+that read one tensor (q, k, v; gate, up) run together, norm and rotary embedding are one autograd node each,
+no mask is built where nothing is padded, and in the last layer queries, output projection and MLP run only at
+the positions whose hidden state is asked for. LLaVA-1.5 and SmolVLM/Idefics3 have this decoder; every other
+family runs as Hugging Face wrote it.
+"""
+
+# B batch, T tokens, S tokens so far, D width, H heads, K key heads, N positions asked for, E head width
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from retain.adapters.fused import together
+
+
+def supports(language: Any) -> bool:
+    """Whether it is a stock Llama decoder with SDPA, no attention dropout and no gradient checkpointing."""
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    config = language.config
+    return (
+        type(language) is LlamaModel
+        and config._attn_implementation == "sdpa"
+        and not config.attention_dropout
+        and config.hidden_act == "silu"
+        and not any(layer.gradient_checkpointing for layer in language.layers)
+    )
+
+
+def forward(
+    language: Any,
+    embeds_BTD: Tensor,
+    *,
+    mask_BS: Tensor | None = None,
+    positions_BT: Tensor | None = None,
+    cache: Any = None,
+    at_BN: Tensor | None = None,
+) -> Tensor:
+    """Last hidden states (B, T, D), or (B, N, D) at `at_BN` only.
+
+    `mask_BS` is needed where a row is padded on the left; right padding follows every real token.
+    """
+    B, T, _ = embeds_BTD.shape
+    before = cache.get_seq_length() if cache is not None else 0
+    if positions_BT is None:
+        positions_BT = torch.arange(before, before + T, device=embeds_BTD.device)[None]
+    cos, sin = language.rotary_emb(embeds_BTD, positions_BT)
+    mask = _mask(mask_BS, B, T, before, embeds_BTD.device)
+    hidden = embeds_BTD
+    layers = language.layers[: language.config.num_hidden_layers]
+    for i, layer in enumerate(layers):
+        at = at_BN if i + 1 == len(layers) else None
+        hidden = _layer(layer, hidden, cos, sin, mask, cache, at, T > 1)
+    return rms_norm(language.norm, hidden)
+
+
+def _layer(
+    layer: Any,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor | None,
+    cache: Any,
+    at_BN: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    attn, E = layer.self_attn, layer.self_attn.head_dim
+    x = rms_norm(layer.input_layernorm, hidden)
+    B = len(x)
+    if at_BN is None:
+        q, k, v = together((attn.q_proj, attn.k_proj, attn.v_proj), x)
+        cos_q, sin_q = cos, sin
+    else:
+        k, v = together((attn.k_proj, attn.v_proj), x)
+        (q,) = together((attn.q_proj,), _rows(x, at_BN))
+        hidden = _rows(hidden, at_BN)
+        cos_q, sin_q = _rows(cos.expand(B, -1, -1), at_BN), _rows(sin.expand(B, -1, -1), at_BN)
+        if mask is None:
+            mask = torch.arange(x.shape[1], device=x.device) <= at_BN[:, None, :, None]
+        else:
+            mask = _rows(mask.expand(B, 1, x.shape[1], -1)[:, 0], at_BN)[:, None]
+    q_BHTE = rotate(q.view(B, -1, q.shape[-1] // E, E), cos_q, sin_q).transpose(1, 2)
+    k_BKTE = rotate(k.view(B, -1, k.shape[-1] // E, E), cos, sin).transpose(1, 2)
+    v_BKTE = v.view(B, -1, v.shape[-1] // E, E).transpose(1, 2)
+    if cache is not None:
+        k_BKTE, v_BKTE = cache.update(k_BKTE, v_BKTE, attn.layer_idx)
+    grouped = q_BHTE.shape[1] != k_BKTE.shape[1]
+    if grouped:
+        k_BKTE = k_BKTE.repeat_interleave(attn.num_key_value_groups, dim=1)
+        v_BKTE = v_BKTE.repeat_interleave(attn.num_key_value_groups, dim=1)
+    seen = F.scaled_dot_product_attention(
+        q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=causal and mask is None, scale=attn.scaling
+    )
+    (mixed,) = together((attn.o_proj,), seen.transpose(1, 2).flatten(2))
+    hidden = hidden + mixed
+    gate, up = together(
+        (layer.mlp.gate_proj, layer.mlp.up_proj), rms_norm(layer.post_attention_layernorm, hidden)
+    )
+    (down,) = together((layer.mlp.down_proj,), F.silu(gate) * up)
+    return hidden + down
+
+
+def _mask(mask_BS: Tensor | None, B: int, T: int, before: int, device: torch.device) -> Tensor | None:
+    """True where a query (T) may look at a key (S): (B, 1, T, S). None: causal and nothing padded."""
+    if mask_BS is None:
+        return None
+    keys = mask_BS.bool()[:, None, None, :]
+    if T == 1:
+        return keys
+    q = torch.arange(before, before + T, device=device)[:, None]
+    s = torch.arange(before + T, device=device)
+    return (keys & (s <= q)) | (s == q)  # the diagonal: a padded query must see something, else it is NaN
+
+
+def _rows(x_BTD: Tensor, at_BN: Tensor) -> Tensor:
+    return x_BTD.gather(1, at_BN[..., None].expand(-1, -1, x_BTD.shape[-1]))
+
+
+def rms_norm(norm: Any, x: Tensor) -> Tensor:
+    """`LlamaRMSNorm` with its frozen weight, as one node that keeps its input and one number per row."""
+    out: Tensor = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
+    return out
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        rate = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rate)
+        return (wide * rate).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, rate = ctx.saved_tensors
+        wide, g = x.float(), (grad * weight).float()
+        along = (g * wide).sum(-1, keepdim=True).mul_(rate**3 / -x.shape[-1])
+        return g.mul_(rate).addcmul_(wide, along).to(x.dtype), None, None
+
+
+def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021), halves as in Llama; `cos`, `sin` (B or 1, T, E)."""
+    out: Tensor = _Rotate.apply(x_BTHE, cos[:, :, None].to(x_BTHE.dtype), sin[:, :, None].to(x_BTHE.dtype))
+    return out
+
+
+class _Rotate(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
