@@ -1,0 +1,113 @@
+"""One adapter per task, and a rule that picks one (or a blend) for each sample at inference.
+
+The frame of most architecture-based methods (Progressive Networks' descendants; EProj, HiDe-LLaVA and
+DISCO all route by frozen features). Routing compares a sample's frozen image and text features with each
+task's mean of them:
+
+    s_k = w cos(image, mean image of task k) + (1 - w) cos(text, mean text of task k)
+    temperature = 0: the best task's adapter;   temperature = T: a blend with weights softmax(s / T)
+
+`router`: `guide` (above), `oracle` (the true task's adapter, an unseen task gets the base model), `last`
+(the newest adapter), `none` (another part of the stack routes). `init`: a new adapter starts `fresh` or
+from the `previous` one.
+
+No paper's code is followed to the letter here; the methods that refine this frame have their own files.
+"""
+
+# B batch, F image features, D text features, K tasks
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from retain.adapters.bank import Mix
+from retain.method import Context, Method, register
+from retain.methods._parts import one_of, slug, take
+from retain.types import Batch, Guide, RetainError
+
+
+def similarity(guide: Guide, image_KF: Tensor, text_KD: Tensor, image_weight: float) -> Tensor:
+    """Weighted cosines of every sample with every task's anchors: (B, K). Row by row."""
+    image_BK = (guide.image_BF[:, None] * F.normalize(image_KF, dim=-1)).sum(-1)
+    text_BK = (guide.text_BD[:, None] * F.normalize(text_KD, dim=-1)).sum(-1)
+    return image_weight * image_BK + (1 - image_weight) * text_BK
+
+
+@register
+@dataclass
+class LoraPerTask(Method):
+    """A new adapter for each task; a router at inference."""
+
+    name: ClassVar[str] = "lora_per_task"
+    about: ClassVar[str] = "one LoRA per task, chosen per sample"
+    source: ClassVar[str] = ""
+
+    init: str = "fresh"
+    router: str = "guide"
+    temperature: float = 0.0
+    image_weight: float = 0.5
+    anchor_samples: int = 1000  # drawn from the task's training set; a mean moves little after that
+
+    adapter_of: dict[str, str] = field(init=False, default_factory=dict)  # task -> adapter, in learning order
+    image_anchor: dict[str, Tensor] = field(init=False, default_factory=dict)  # adapter -> (F,)
+    text_anchor: dict[str, Tensor] = field(init=False, default_factory=dict)  # adapter -> (D,)
+
+    def __post_init__(self) -> None:
+        options = {"init": ("fresh", "previous"), "router": ("guide", "oracle", "last", "none")}
+        for key, choices in options.items():
+            if getattr(self, key) not in choices:
+                raise RetainError(f"lora_per_task.{key}: {getattr(self, key)!r} is none of {list(choices)}")
+        if self.temperature < 0 or not 0 <= self.image_weight <= 1 or self.anchor_samples < 1:
+            raise RetainError("lora_per_task: temperature >= 0, image_weight in 0..1, anchor_samples >= 1")
+
+    def owns(self, hook: str) -> list[str]:
+        return [] if hook == "route" and self.router == "none" else super().owns(hook)
+
+    def adapt(self, ctx: Context) -> Mix:
+        bank, task = ctx.model.adapters, ctx.task.name
+        if task not in self.adapter_of:
+            name = f"{len(self.adapter_of) + 1:02d}-{slug(task)}"
+            like = next(reversed(self.adapter_of.values()), None) if self.init == "previous" else None
+            bank.add(name, ctx.rng("lora_per_task"), like=like)
+            self.adapter_of = {**self.adapter_of, task: name}
+        bank.train_only(self.adapter_of[task])
+        return Mix({self.adapter_of[task]: 1.0})
+
+    @torch.no_grad()
+    def end_task(self, ctx: Context) -> None:
+        if self.router != "guide":
+            return
+        rows = take(len(ctx.task.train), self.anchor_samples, ctx.rng("lora_per_task-anchor"))
+        image, text = [], []
+        for i in range(0, len(rows), ctx.batch_size):
+            examples = [ctx.task.train[r] for r in rows[i : i + ctx.batch_size]]
+            guide = ctx.model.guide(ctx.model.collate(examples, answers=False))
+            image.append(guide.image_BF.float().sum(0))
+            text.append(guide.text_BD.float().sum(0))
+        name = self.adapter_of[ctx.task.name]
+        self.image_anchor = {**self.image_anchor, name: torch.stack(image).sum(0) / len(rows)}
+        self.text_anchor = {**self.text_anchor, name: torch.stack(text).sum(0) / len(rows)}
+
+    def route(self, ctx: Context, batch: Batch) -> Mix | None:
+        if self.router == "oracle":
+            name = self.adapter_of.get(ctx.task.name)
+            return Mix({name: 1.0}) if name else Mix()
+        if self.router == "last" or not self.image_anchor:
+            return None
+        names = list(self.image_anchor)
+        score_BK = self._scores(ctx.model.guide(batch), names)
+        if not self.temperature:
+            return one_of([names[k] for k in score_BK.argmax(-1).tolist()], score_BK.device)
+        w_BK = torch.softmax(score_BK / self.temperature, dim=-1)
+        return Mix({n: w_BK[:, k] for k, n in enumerate(names)})
+
+    def _scores(self, guide: Guide, names: list[str]) -> Tensor:
+        device = guide.text_BD.device
+        anchors = (self.image_anchor, self.text_anchor)
+        image_KF, text_KD = (torch.stack([a[n] for n in names]).to(device) for a in anchors)
+        return similarity(guide, image_KF, text_KD, self.image_weight)
