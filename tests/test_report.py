@@ -236,6 +236,24 @@ def test_method_logs_become_curves_and_tables(runs: dict[str, Path]) -> None:
     assert [row["group"] for row in training(load_run(runs["cut"])).tables["grouping"]] == ["0", "0"]
 
 
+def test_rates_per_tensor_group_as_llaca_logs_them(runs: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(runs["lora"], path)
+    groups = {
+        "lora.lora_A": {"median": 0.5, "fallback": 0.25},
+        "projector.weight": {"median": 1.0, "fallback": 1.0},
+    }
+    log = {"method": "llaca", "task": "garments", "groups": groups}
+    lines = [json.dumps({**log, "step": step}) + "\n" for step in range(10)]
+    with (path / "events.jsonl").open("a") as f:
+        f.write("".join(lines) + json.dumps({**log, "kind": "rates_of_task"}) + "\n")
+    found = training(load_run(path))
+    curves = found.logs["llaca"]
+    assert set(curves) == {"median", "fallback"} and len(curves["median"]["lora.lora_A"]) == 10
+    table = found.tables["llaca, rates of task"]
+    assert [row["groups"] for row in table] == list(groups) and table[0]["fallback"] == "0.25"
+
+
 def test_routing_is_the_mean_weight_per_task(runs: dict[str, Path]) -> None:
     found = samples.routing(load_run(runs["routed"]))
     assert found is not None and found.weights["digits"][1] == pytest.approx(0.9)
@@ -279,7 +297,7 @@ def test_a_browser_shows_it_without_sideways_scrolling(
 ) -> None:
     report = write_report([runs["lora"], runs["llaca"], runs["routed"]], tmp_path / "report.html")
     frame = tmp_path / "frame.html"  # a window cannot be as narrow as a phone, a frame can
-    script = "document.title = f.contentDocument.documentElement.scrollWidth"
+    script = "const e = f.contentDocument.documentElement; document.title = e.scrollWidth - e.clientWidth"
     style = f"border:0;width:{width}px;height:3000px"
     frame.write_text(f'<iframe id="f" src="{report.name}" style="{style}" onload="{script}"></iframe>')
     flags = [
@@ -299,6 +317,6 @@ def test_a_browser_shows_it_without_sideways_scrolling(
         timeout=240,
         check=True,
     ).stdout
-    assert re.search(rf"<title>{width}</title>", dom), re.search(r"<title>.*?</title>", dom)
+    assert re.search("<title>0</title>", dom), re.search(r"<title>.*?</title>", dom)
     subprocess.run([CHROMIUM, *flags, *shot, frame.as_uri()], capture_output=True, timeout=240, check=True)
     assert (tmp_path / "shot.png").stat().st_size > 20_000

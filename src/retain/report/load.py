@@ -181,8 +181,9 @@ def read_events(path: Path) -> list[Record]:
 
 
 def _key(i: int, record: Record) -> tuple[Any, ...]:
-    if record.get("kind") in ("step", "log") and "step" in record:
-        return (record["kind"], record.get("who"), record.get("task"), record.get("step"), record.get("name"))
+    if "step" in record:
+        who = (record.get("who"), record.get("method"), record.get("name"))
+        return (record.get("kind"), *map(str, who), record.get("task"), record["step"])
     return (i,)
 
 

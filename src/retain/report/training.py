@@ -12,9 +12,10 @@ from retain.report.load import Record, Run
 
 Points = list[tuple[float, float]]
 _OURS = frozenset(
-    {"time", "kind", "task", "step", "loss", "losses", "first", "lr", "who", "name", "row", "n"}
+    {"time", "kind", "task", "step", "loss", "losses", "first", "lr", "who", "method", "name", "row", "n"}
 )
-_SHORT = 60  # at most so many log records are shown as a table instead of curves
+_LOOP = frozenset({"step", "stage", "cell", "row", "note"})  # kinds of event that are not a method's
+_SHORT = 200  # rows of a table of logs, the last ones
 
 
 @dataclass
@@ -46,7 +47,7 @@ def training(run: Run) -> Training:
     return out
 
 
-def smooth(points: Points, weight: float = 0.9) -> Points:
+def smooth(points: Points, weight: float = 0.8) -> Points:
     """Exponential average, corrected for its start: s_t = w s_{t-1} + (1 - w) x_t, divided by 1 - w^t."""
     out, state = [], 0.0
     for t, (x, y) in enumerate(points, 1):
@@ -95,10 +96,16 @@ def _add_step(out: Training, event: Record, at: float) -> None:
 
 
 def _logs(events: Sequence[Record]) -> dict[str, list[Record]]:
+    """What methods logged: every event that is not the loop's own, under its method and kind."""
     out: dict[str, list[Record]] = {}
     for event in events:
-        if event.get("kind") == "log":
-            out.setdefault(str(event.get("who", "log")), []).append(event)
+        kind = event.get("kind", "log")
+        if kind in _LOOP:
+            continue
+        who = event.get("who", event.get("method"))
+        what = str(kind).replace("_", " ")
+        words = [what] if not who else [str(who)] if kind == "log" else [str(who), what]
+        out.setdefault(", ".join(words), []).append(event)
     return out
 
 
@@ -111,29 +118,47 @@ def _add_log(
         at = starts.get(str(record.get("task")), (0.0, 0.0))[0] + float(record["step"])
         _add_fields(out, who, {k: v for k, v in record.items() if k not in _OURS}, at)
     rest = [r for r in records if r not in with_step] if len(with_step) > 3 else list(records)
-    if rest:
-        drop = {"time", "kind", "who"}
-        out.tables[who] = [_flat({k: v for k, v in r.items() if k not in drop}) for r in rest[-_SHORT:]]
+    rows = [row for record in rest for row in _table_rows(record)]
+    if rows:
+        out.tables[who] = rows[-_SHORT:]
 
 
 def _add_fields(out: Training, who: str, fields: Mapping[str, Any], at: float) -> None:
+    """A number is a curve, {key: number} one per key, {key: {field: number}} one plot per field."""
     for name, value in fields.items():
         lines = value if isinstance(value, Mapping) else {"": value}
-        for line, number in lines.items():
-            if _finite(number):
-                curves = out.logs.setdefault(who, {}).setdefault(name, {})
-                curves.setdefault(str(line), []).append((at, float(number)))
+        for line, entry in lines.items():
+            inner = isinstance(entry, Mapping)
+            for part, number in entry.items() if inner else (("", entry),):
+                if _finite(number):
+                    curves = out.logs.setdefault(who, {}).setdefault(str(part) if inner else name, {})
+                    curves.setdefault(str(line), []).append((at, float(number)))
 
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _table_rows(record: Record) -> list[dict[str, str]]:
+    """A log as rows of text: one, or one per key where a field is {key: {field: value}}."""
+    body = {k: v for k, v in record.items() if k not in ("time", "kind", "who", "method")}
+    tables = [
+        k
+        for k, v in body.items()
+        if isinstance(v, Mapping) and any(isinstance(e, Mapping) for e in v.values())
+    ]
+    if len(tables) != 1:
+        return [_flat(body)]
+    inner = body.pop(tables[0])
+    return [_flat(body) | {tables[0]: str(key)} | _flat({"": entry}) for key, entry in inner.items()]
+
+
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     out: dict[str, str] = {}
     for key, value in record.items():
+        name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            out |= _flat(value, f"{prefix}{key}.")
+            out |= _flat(value, f"{name}." if name else "")
         else:
-            out[f"{prefix}{key}"] = f"{value:.4g}" if isinstance(value, float) else str(value)
+            out[name] = f"{value:.4g}" if isinstance(value, float) else str(value)
     return out
