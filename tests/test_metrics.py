@@ -421,6 +421,15 @@ def test_a_better_run_is_found_and_the_swap_mirrors_it() -> None:
         assert x.p == pytest.approx(y.p)
 
 
+def test_swapping_whole_samples_is_the_sign_flip_test() -> None:
+    """With one task, Last is a mean over samples: its p must be that of flipping the signs of differences."""
+    a, b = ([90.0, 20.0, 70.0, 80.0, 60.0, 50.0], [30.0, 40.0, 60.0, 20.0, 70.0, 10.0])
+    runs = [AccuracyMatrix.empty(["t"]).with_row(1, {"t": scores}) for scores in (a, b)]
+    last = compare_runs(*runs, np.random.default_rng(0), 20, 20_000)[0]
+    exact = permutation_p([x - y for x, y in zip(a, b, strict=True)], np.random.default_rng(0))
+    assert last.p == pytest.approx(exact, abs=0.015)  # 20k draws: 4 sigma are below 0.015
+
+
 def test_samples_are_matched_by_id() -> None:
     a, b = sampled(gain=0.1), sampled()
     turn = np.random.default_rng(3).permutation(200)
