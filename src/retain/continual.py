@@ -1,10 +1,10 @@
-"""run(): fit a task, evaluate every task, save, next. The same command continues after the last thing that was saved.
+"""run(): fit a task, evaluate every task, save, next. The same command continues where it was stopped.
 
     row 0            the base model on every task (zero-shot)
     row i            after stage i: fit ─► TRAINED ─► one cell per task ─► DONE
 
-A stage starts from the row before as it was saved, and is evaluated as it was saved. So it does not matter which process
-did the work before, and a run that was killed ends with the same bytes as one that was not.
+A stage starts from the row before as it was saved, and is evaluated as it was saved. So it does not matter
+which process did the work before, and a run that was killed ends with the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Running:
     engine: Engine
     watch: Watcher
     seed: int
-    cells: dict[str, tuple[Path, Cell]] = field(default_factory=dict)  # finished cells by key, with their predictions
+    cells: dict[str, tuple[Path, Cell]] = field(default_factory=dict)  # finished, by key, with predictions
     data: dict[str, str] = field(default_factory=dict)  # digest of each task
 
 
@@ -95,13 +95,15 @@ def run(
 ) -> AccuracyMatrix:
     """Learn the stream with one method and evaluate every task after every stage.
 
-    Returns the matrix; the folder holds everything else. Adapters that the model's bank holds are removed first. A
-    finished run is only read. Raises `RetainError` before anything is written if the method or the data cannot run here.
+    Returns the matrix; the folder holds everything else. Adapters that the model's bank holds are removed
+    first. A finished run is only read. Raises `RetainError` before anything is written if the method or the
+    data cannot run here.
     """
     if store.done:
         return AccuracyMatrix.from_json(read_record(store.path / "matrix.json", "tasks", "values"))
     engine = engine or Engine()
-    r = Running(model, stream, method, optim, options or EvalOptions(), store, engine, watch or Silent(), seed)
+    options, watch = options or EvalOptions(), watch or Silent()
+    r = Running(model, stream, method, optim, options, store, engine, watch, seed)
     stages = check(r)
     with store.locked():
         _describe(r)
@@ -129,11 +131,15 @@ def check(r: Running) -> Sequence[Task]:
     stages = list(r.method.stages(r.stream))
     if stages and not r.method.owns("adapt"):
         names = [p.name for p in r.method.parts]
-        raise RetainError(f"adapt: no part of {names} defines it; put `lora`, `lora_per_task` or another owner first")
+        raise RetainError(
+            f"adapt: no part of {names} defines it; put `lora`, `lora_per_task` or another owner first"
+        )
     files = Counter(safe(t.name).casefold() for t in r.stream.all)
     for task in r.stream.all:
         if files[safe(task.name).casefold()] > 1:
-            raise RetainError(f"task {task.name!r}: another task's name is the same as a file name; rename one")
+            raise RetainError(
+                f"task {task.name!r}: another task's name is the same as a file name; rename one"
+            )
         _check_split(task.name, "train", task.train)
         _check_split(task.name, "test", task.test)
         if not len(task.test):
@@ -151,7 +157,7 @@ def _check_split(task: str, split: str, examples: Examples) -> None:
 
 
 def taught(stage: Task, stream: Stream) -> list[str]:
-    """The stream's tasks that a stage teaches: `meta["parts"]`, else itself, else (joint training) all of them."""
+    """The stream's tasks that a stage teaches: `meta["parts"]`, else itself, else (joint training) all."""
     names = [t.name for t in stream]
     parts = stage.meta.get("parts", [stage.name] if stage.name in names else names)
     assert isinstance(parts, list | tuple)
@@ -244,11 +250,13 @@ def _answer(r: Running, row: Row, task: Task, key: str, batches: Any, started: f
 def collect(stream: Stream, store: RunDir) -> AccuracyMatrix:
     """The matrix from the folder: per-sample scores of every finished row.
 
-    A row of the matrix stands for a number of learned tasks, so joint training on all of them fills the last one: only
-    what holds for a final model is then defined.
+    A row of the matrix stands for a number of learned tasks, so joint training on all of them fills the last
+    one: only what holds for a final model is then defined.
     """
     values = {
-        len(row.learned): {t.name: [p["score"] for p in read_jsonl(row.predictions(t.name))] for t in stream.all}
+        len(row.learned): {
+            t.name: [p["score"] for p in read_jsonl(row.predictions(t.name))] for t in stream.all
+        }
         for row in store.rows()
         if row.done
     }
@@ -265,8 +273,8 @@ def _cost(r: Running, stats: FitStats) -> dict[str, Any]:
 def _budget(r: Running, row: Row, before: Row | None, cells: Mapping[str, Cell]) -> dict[str, Any]:
     """What the run has cost up to this row.
 
-    FLOPs are estimates: per token and parameter 2 forward, 4 in training, 6 for adapters. Seconds and peak memory are
-    those of rank 0.
+    FLOPs are estimates: per token and parameter 2 forward, 4 in training, 6 for adapters. Seconds and peak
+    memory are those of rank 0.
     """
     bank = r.model.adapters
     numbers = sum(p.numel() for name in bank.names for p in bank.parameters(name).values())
@@ -277,7 +285,7 @@ def _budget(r: Running, row: Row, before: Row | None, cells: Mapping[str, Cell])
     old = read_record(earlier.path / "budget.json") if earlier else {}
     train_s, eval_s = fitted.get("seconds", 0.0), sum(c["seconds"] for c in cells.values())
     total = {
-        "steps": fitted.get("steps", 0), "samples": fitted.get("samples", 0), "tokens": fitted.get("tokens", 0),
+        **{k: fitted.get(k, 0) for k in ("steps", "samples", "tokens")},
         "train_flops": fitted.get("flops", 0.0),
         "eval_flops": r.model.flops_per_token() * sum(c["tokens"] for c in cells.values()),
         "train_s": train_s, "eval_s": eval_s, "wall_s": train_s + eval_s,
@@ -315,7 +323,8 @@ def _resident() -> int:
 def _describe(r: Running) -> None:
     """Data, base model and environment, once at the start; data or a base that changed since then is refused.
 
-    Images given as paths count by name and size only (`retain.types.digest`): reading all of them would take minutes.
+    Images given as paths count by name and size only (`retain.types.digest`): reading all of them would take
+    minutes.
     """
     r.data |= {t.name: t.digest() for t in r.stream.all}
     if not r.engine.main:
@@ -328,7 +337,9 @@ def _describe(r: Running) -> None:
     old = read_record(file) if file.is_file() else data
     changed = [n for n in data if old.get(n, {}).get("digest") != data[n]["digest"]]
     if changed or list(old) != list(data):
-        raise RetainError(f"{r.store.path}: the data of {changed or 'the stream'} changed since this run began")
+        raise RetainError(
+            f"{r.store.path}: the data of {changed or 'the stream'} changed since this run began"
+        )
     if not file.is_file():
         write_json(file, data)
     file, base = r.store.path / "environment.json", r.model.fingerprint()
@@ -355,8 +366,9 @@ def environment() -> dict[str, Any]:
 
 def _git() -> str | None:
     """Commit of the source tree, with -dirty where it has changes; None outside one."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    command, here = ["git", "describe", "--always", "--dirty", "--abbrev=12"], Path(__file__).resolve().parent
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
     except OSError:
         return None

@@ -1,8 +1,8 @@
-"""Where the loop runs: one process, or several under `accelerate launch` or `torchrun`, each with a copy of the model.
+"""Where the loop runs: one process, or several under `accelerate launch` or `torchrun`.
 
-Adapters are small, so the engine sums their gradients itself in one flat all-reduce per step and the frozen base is
-never wrapped. Sharded engines (FSDP, DeepSpeed ZeRO) hide whole gradients and parameters from the methods; they are
-refused by name at the start instead of being worked around in silence.
+Each process has a copy of the model. Adapters are small, so the engine sums their gradients itself in one
+flat all-reduce per step and the frozen base is never wrapped. Sharded engines (FSDP, DeepSpeed ZeRO) hide
+whole gradients and parameters from the methods; they are refused by name, not worked around in silence.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OFFERS = {
 
 @dataclass
 class Engine:
-    """Rank, world size and the few collectives that the loop needs. `Engine.start()` reads the launcher's settings."""
+    """Rank, world size and the few collectives that the loop needs; `Engine.start()` asks the launcher."""
 
     name: str = "single"
     rank: int = 0
@@ -61,7 +61,9 @@ class Engine:
             lacking = sorted(part.needs - OFFERS[self.name])
             if lacking:
                 able = [n for n, offer in OFFERS.items() if part.needs <= offer]
-                raise RetainError(f"method {part.name!r} needs {lacking}, which engine {self.name!r} hides; use {able}")
+                raise RetainError(
+                    f"method {part.name!r} needs {lacking}, which engine {self.name!r} hides; use {able}"
+                )
         if self.name in SHARDED:
             raise RetainError(
                 f"engine {self.name!r} shards the base model, which retain does not drive; "
@@ -77,7 +79,7 @@ class Engine:
         return [float(v) for v in values.tolist()]
 
     def sum_grads(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """One flat all-reduce of every gradient. A parameter without a gradient on every process stays without."""
+        """One flat all-reduce of every gradient. One that no process has stays None."""
         if self.world == 1 or not parameters:
             return
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -1,8 +1,9 @@
 """Generate, score, one cell of the matrix: batched greedy answers with per-sample routing.
 
 Batches are fixed by the task alone (sorted by length), never by what was finished before or by the number of
-processes, so that an interrupted evaluation ends with the same bytes as an uninterrupted one. A cell's key hashes all
-that its answers depend on: a cell whose adapters, mixes and task are those of an earlier one is copied, not generated.
+processes, so that an interrupted evaluation ends with the same bytes as an uninterrupted one. A cell's key
+hashes all that its answers depend on: a cell whose adapters, mixes and task are those of an earlier one is
+copied, not generated.
 """
 
 # B samples of a batch
@@ -90,7 +91,12 @@ def plan(model: Model, task: Task, method: Method | None, ctx: Context, options:
 
 
 def cell_key(
-    model: Model, task: Task, batches: Plan, digests: Mapping[str, str], options: EvalOptions, data: str | None = None
+    model: Model,
+    task: Task,
+    batches: Plan,
+    digests: Mapping[str, str],
+    options: EvalOptions,
+    data: str | None = None,
 ) -> str:
     """A hash of all that the answers of a cell depend on: base, task, batches, and the adapters that are on.
 
@@ -115,8 +121,8 @@ def evaluate(
 ) -> list[Prediction]:
     """Answers and scores for a whole test split, in its order; the same list on every process.
 
-    With `part`, this process appends its answers to `<part><rank>` batch by batch, and batches found whole in any
-    `<part>*` (of an interrupted evaluation, with however many processes) are not generated again.
+    With `part`, this process appends its answers to `<part><rank>` batch by batch, and batches found whole in
+    any `<part>*` (of an interrupted evaluation, with however many processes) are not generated again.
     """
     engine = engine or Engine()
     mine = None if part is None else part.with_name(f"{part.name}{engine.rank}")
@@ -134,7 +140,9 @@ def evaluate(
         else:
             texts = _generate(model, task, rows, mix, options)
             if mine is not None:
-                append_lines(mine, [{"id": i, "prediction": text} for i, text in zip(ids, texts, strict=True)])
+                append_lines(
+                    mine, [{"id": i, "prediction": text} for i, text in zip(ids, texts, strict=True)]
+                )
         told |= {i: (text, _weights(mix, k)) for k, (i, text) in enumerate(zip(rows, texts, strict=True))}
         advance(len(rows))
     everyone = {i: row for share in engine.gather(told) for i, row in share.items()}
@@ -142,12 +150,22 @@ def evaluate(
     return score(task, [text for text, _ in whole], [mix for _, mix in whole])
 
 
-def score(task: Task, texts: Sequence[str], mixes: Sequence[Mapping[str, float]] | None = None) -> list[Prediction]:
+def score(
+    task: Task, texts: Sequence[str], mixes: Sequence[Mapping[str, float]] | None = None
+) -> list[Prediction]:
     """Score the answers of a whole split; also used to score saved predictions again."""
     strict = task.score(texts, task.test)
     compat: Sequence[float | None] = task.compat(texts, task.test) if task.compat else [None] * len(texts)
     return [
-        Prediction(e.id, e.question, t, e.targets, float(s), None if c is None else float(c), mixes[i] if mixes else None)
+        Prediction(
+            e.id,
+            e.question,
+            t,
+            e.targets,
+            float(s),
+            None if c is None else float(c),
+            mixes[i] if mixes else None,
+        )
         for i, (e, t, s, c) in enumerate(zip(task.test, texts, strict, compat, strict=True))
     ]
 

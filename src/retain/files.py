@@ -18,9 +18,10 @@ from retain.types import RetainError
 
 
 def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
-    """The old file or the new one, never half of it. A full or read-only disk is a RetainError that names the file.
+    """The old file or the new one, never half. A full or read-only disk is a RetainError that names the file.
 
-    `durable` also survives a power cut (the file and its folder are flushed to disk); a kill is survived without.
+    `durable` also survives a power cut (the file and its folder are flushed to disk); a kill is survived
+    without.
     """
     part = path.with_name(f".{path.name}.part")
     try:
@@ -87,7 +88,9 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise RetainError(f"cannot read {path}: {error.strerror or error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RetainError(f"{path} is not valid JSON ({error}); it was not written by retain, or was edited") from error
+        raise RetainError(
+            f"{path} is not valid JSON ({error}); it was not written by retain, or was edited"
+        ) from error
 
 
 def read_record(path: Path, *keys: str) -> dict[str, Any]:
@@ -95,12 +98,14 @@ def read_record(path: Path, *keys: str) -> dict[str, Any]:
     value = read_json(path)
     lacking = [k for k in keys if not isinstance(value, dict) or k not in value]
     if lacking or not isinstance(value, dict):
-        raise RetainError(f"{path} was not written by retain, or was edited: {lacking or 'an object'} missing")
+        raise RetainError(
+            f"{path} was not written by retain, or was edited: {lacking or 'an object'} missing"
+        )
     return value
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """A JSONL file. A torn last line, as a killed process leaves it, is left out; any other bad line is an error."""
+    """A JSONL file. A torn last line, as a kill leaves it, is left out; any other bad line is an error."""
     try:
         lines = path.read_text(encoding="utf8", errors="replace").split("\n")
     except OSError as error:

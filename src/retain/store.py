@@ -7,9 +7,9 @@
         predictions/<task>.jsonl  cells.json  budget.json  DONE
     matrix.json  DONE
 
-Everything is safetensors, JSON, JSONL or YAML; nothing is ever unpickled. A file is written under a temporary name,
-flushed and renamed; the marker of a stage (TRAINED, DONE) is written last. After a resume, events.jsonl may tell a
-step twice: the last one counts.
+Everything is safetensors, JSON, JSONL or YAML; nothing is ever unpickled. A file is written under a temporary
+name, flushed and renamed; the marker of a stage (TRAINED, DONE) is written last. After a resume, events.jsonl
+may tell a step twice: the last one counts.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ NOT_THE_RECIPE = frozenset({"out", "track"})
 """Keys of a config that do not decide what is computed: a run continues where they differ."""
 
 
-# -- states -------------------------------------------------------------------------------------------------------
+# -- states --------------------------------------------------------------------------------------------------
 
 
 def save_state(stem: Path, value: Any) -> None:
-    """A nest of dicts, lists, tuples, sets, tensors, arrays, numbers, strings and Examples as JSON + safetensors.
+    """A nest of plain values, tensors, arrays, paths and Examples as `stem.json` and `stem.safetensors`.
 
-    Anything else is a RetainError that names its type.
+    Nests are dicts, lists, tuples and sets. Anything else is a RetainError that names its type.
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _pack(value, tensors)
@@ -68,7 +68,7 @@ def save_state(stem: Path, value: Any) -> None:
 
 
 def load_state(stem: Path, device: torch.device | str = "cpu") -> Any:
-    """The inverse of `save_state`. A tensor goes back to where it was: the CPU, or the accelerator (`device`)."""
+    """The inverse of `save_state`. A tensor goes back to where it was: the CPU, or the accelerator."""
     skeleton = read_json(stem.with_suffix(".json"))
     return _unpack(skeleton, load_tensors(stem.with_suffix(".safetensors")), torch.device(device))
 
@@ -76,7 +76,7 @@ def load_state(stem: Path, device: torch.device | str = "cpu") -> Any:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file; a missing or corrupt one is an error that names it."""
     try:
-        # Cloned: a tensor inside the mapped file is aligned differently, and sums may then differ in the last bit.
+        # Cloned: a tensor in the mapped file is aligned differently, and a sum may differ in its last bit.
         return {k: v.clone() for k, v in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise RetainError(f"cannot read {path}: {error}") from error
@@ -109,7 +109,9 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     for kind, types in (("$list", list), ("$tuple", tuple), ("$set", set | frozenset)):
         if isinstance(value, types):
             return {kind: [_pack(v, tensors) for v in (sorted(value) if kind == "$set" else value)]}
-    raise RetainError(f"a method's state holds a {type(value).__name__}, which cannot be saved without pickle")
+    raise RetainError(
+        f"a method's state holds a {type(value).__name__}, which cannot be saved without pickle"
+    )
 
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
@@ -130,7 +132,7 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> 
     return {"$list": list, "$tuple": tuple, "$set": set}[kind](items)
 
 
-# -- the run folder -----------------------------------------------------------------------------------------------
+# -- the run folder ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -142,7 +144,7 @@ class RunDir:
 
     @staticmethod
     def open(path: Path | str, config: Mapping[str, Any], *, main: bool = True) -> RunDir:
-        """Create the folder, or continue in it. A folder of another recipe, or of something else, is refused."""
+        """Create the folder, or continue in it. One of another recipe, or of something else, is refused."""
         run = RunDir(Path(path), main)
         head = run.path / "run.json"
         wanted = json.loads(json.dumps(config, default=str))
@@ -152,9 +154,13 @@ class RunDir:
                 raise RetainError(f"{head}: not a run of this version of retain (format {FORMAT})")
             if changed := differences(found.get("config", {}), wanted):
                 said = "; ".join(changed[:3])
-                raise RetainError(f"{run.path} holds a run of another recipe ({said}); choose another folder with out=DIR")
+                raise RetainError(
+                    f"{run.path} holds a run of another recipe ({said}); choose another folder with out=DIR"
+                )
         elif _foreign(run.path) and not head.is_file():  # another rank may just have made it
-            raise RetainError(f"{run.path} exists and is not a run folder (no run.json); choose another with out=DIR")
+            raise RetainError(
+                f"{run.path} exists and is not a run folder (no run.json); choose another with out=DIR"
+            )
         elif main:
             write_json(head, {"format": FORMAT, "name": run.path.name, "config": wanted})
         if main and not (run.path / "config.yaml").is_file():
@@ -194,7 +200,9 @@ class RunDir:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RetainError(f"another process is writing to {self.path}; wait for it or choose out=DIR") from None
+                raise RetainError(
+                    f"another process is writing to {self.path}; wait for it or choose out=DIR"
+                ) from None
             mend(self.path / "events.jsonl")
             yield
 
@@ -213,7 +221,7 @@ class RunDir:
             append_lines(self.path / "events.jsonl", [{"time": round(time.time(), 3), **fields}])
 
     def sample(self, task: str, example: Example, side: int = 160) -> str | None:
-        """Keep a thumbnail of an example's first image for the report; its path inside the run, None without image."""
+        """Keep a thumbnail of an example's first image; its path inside the run, None without an image."""
         if not example.images:
             return None
         name = f"samples/{safe(task)}/{digest(example.id)}.png"
@@ -260,25 +268,29 @@ class Row:
         """Write a marker file."""
         write_text(self.path / word, "")
 
-    def save_model(self, bank: AdapterBank, method: Method, stats: Mapping[str, Any], before: Row | None) -> None:
+    def save_model(
+        self, bank: AdapterBank, method: Method, stats: Mapping[str, Any], before: Row | None
+    ) -> None:
         """Adapters that changed since the row before, what is on, and the method's state; then TRAINED."""
         old = before.adapters() if before else {}
         files: dict[str, dict[str, str]] = {}
         for name in bank.names:
             state = bank.state(name)
-            files[name] = {"digest": digest(state), "file": f"rows/{self.path.name}/adapters/{name}.safetensors"}
+            file = f"rows/{self.path.name}/adapters/{name}.safetensors"
+            files[name] = {"digest": digest(state), "file": file}
             if name in old and old[name]["digest"] == files[name]["digest"]:
                 files[name] = old[name]
             else:
-                save_tensors(self.run.path / files[name]["file"], state)
+                save_tensors(self.run.path / file, state)
         save_state(self.path / "method", method.state_dict())
         write_json(self.path / "fit.json", dict(stats))
-        write_json(self.path / "bank.json", {"adapters": files, "mix": bank.mix.to_json(), "signature": bank.signature})
+        head = {"adapters": files, "mix": bank.mix.to_json(), "signature": bank.signature}
+        write_json(self.path / "bank.json", head)
         self.mark("TRAINED")
         self.checkpoints().clear()
 
     def adapters(self) -> dict[str, dict[str, str]]:
-        """Digest and file (relative to the run) of every adapter, in the bank's order; empty before any training."""
+        """Digest and file (relative to the run) of every adapter, in the bank's order; none in row 0."""
         found = read_record(self.path / "bank.json", "adapters")["adapters"] if self.trained else {}
         return dict(found)
 
@@ -287,7 +299,8 @@ class Row:
         head = read_record(self.path / "bank.json", "adapters", "mix", "signature")
         if changed := differences(head["signature"], json.loads(json.dumps(bank.signature, default=str))):
             raise RetainError(f"{self.path}: adapters of another model ({'; '.join(changed[:3])})")
-        states = {name: load_tensors(self.run.path / entry["file"]) for name, entry in head["adapters"].items()}
+        files = {name: self.run.path / entry["file"] for name, entry in head["adapters"].items()}
+        states = {name: load_tensors(file) for name, file in files.items()}  # all, before anything is changed
         empty(bank)
         for name, state in states.items():
             bank.add(name, torch.Generator())  # a generator of its own: what it draws is overwritten
@@ -340,7 +353,7 @@ class CheckpointDir:
             write_json(self.path / "newest.json", {"stem": stem})
 
     def clear(self) -> None:
-        """Forget the checkpoints, the pointer first: a kill in between must not leave it pointing at nothing."""
+        """Forget the checkpoints, the pointer first: a kill in between leaves none torn."""
         if self.main and self.path.is_dir():
             (self.path / "newest.json").unlink(missing_ok=True)
             shutil.rmtree(self.path, ignore_errors=True)
@@ -384,7 +397,7 @@ def _foreign(path: Path) -> bool:
 
 
 __all__ = [
-    "FORMAT", "CheckpointDir", "Row", "RunDir", "append_lines", "differences", "empty", "load_state", "load_tensors",
-    "mend", "read_json", "read_jsonl", "read_record", "safe", "save_state", "save_tensors", "write_atomic",
-    "write_json", "write_jsonl", "write_text",
+    "FORMAT", "CheckpointDir", "Row", "RunDir", "append_lines", "differences", "empty", "load_state",
+    "load_tensors", "mend", "read_json", "read_jsonl", "read_record", "safe", "save_state", "save_tensors",
+    "write_atomic", "write_json", "write_jsonl", "write_text",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """fit(): one task. The loop that `retain.method` draws, on one screen, and the choices it needs (`Optim`).
 
-A step is `batch_size` samples over all processes and micro-batches. Every micro-batch counts by its share of the
-step's answer tokens, so neither accumulation nor the number of processes changes the loss that is minimised.
+A step is `batch_size` samples over all processes and micro-batches. Every micro-batch counts by its share of
+the step's answer tokens, so neither accumulation nor the number of processes changes the loss that is
+minimised.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from torch import Tensor
 from retain.engine import Engine, autocast
 from retain.method import Context, Method
 from retain.models.base import Model
-from retain.types import Examples, RetainError
+from retain.types import Batch, Examples, RetainError
 
 
 @dataclass(frozen=True)
 class Optim:
     """How one task is trained: AdamW with linear warm-up and a cosine (or constant) learning rate.
 
-    `steps` fixes the number of optimizer steps per task; otherwise `epochs` does. `batch_size` is samples per step, all
-    processes and `accumulate` micro-batches together. `projector_lr` None means `lr`. `max_grad_norm` 0 is off.
-    The warm-up counts from zero as in transformers: with `warmup` > 0 the first step has learning rate 0.
+    `steps` fixes the number of optimizer steps per task; otherwise `epochs` does. `batch_size` is samples per
+    step, all processes and `accumulate` micro-batches together. `projector_lr` None means `lr`.
+    `max_grad_norm` 0 is off. The warm-up counts from zero as in transformers: with `warmup` > 0 the first
+    step has learning rate 0.
     """
 
     lr: float = 2e-4
@@ -58,7 +60,9 @@ class Optim:
             if (getattr(self, name) or 0) < 0:
                 raise RetainError(f"optim.{name}: must not be negative, is {getattr(self, name)!r}")
         if self.batch_size % self.accumulate:
-            raise RetainError(f"optim.accumulate: {self.accumulate} does not divide batch_size {self.batch_size}")
+            raise RetainError(
+                f"optim.accumulate: {self.accumulate} does not divide batch_size {self.batch_size}"
+            )
         for name, choices in (("schedule", ("cosine", "constant")), ("precision", ("fp32", "bf16"))):
             if getattr(self, name) not in choices:
                 raise RetainError(f"optim.{name}: {getattr(self, name)!r} is none of {list(choices)}")
@@ -107,9 +111,9 @@ def fit(
 ) -> FitStats:
     """Train one task (`ctx.task`), hooks included, and leave the model with the method's mix switched on.
 
-    With `checkpoints` it continues after the last one, bit for bit as if nothing had happened. The caller gives it bank
-    and method as they were before the task: the hooks that come before the first step run again (they draw from
-    `ctx.rng` only), then the saved state replaces theirs.
+    With `checkpoints` it continues after the last one, bit for bit as if nothing had happened. The caller
+    gives it bank and method as they were before the task: the hooks that come before the first step run again
+    (they draw from `ctx.rng` only), then the saved state replaces theirs.
     """
     engine, bank = engine or Engine(), model.adapters
     ctx.step, ctx.batch_size = 0, optim.batch_size
@@ -118,7 +122,9 @@ def fit(
     examples = method.data(ctx, ctx.task.train)
     ctx.n_steps = n_steps = optim.n_steps(len(examples))
     if not len(examples) or not n_steps:
-        raise RetainError(f"task {ctx.task.name!r}: nothing to train on ({len(examples)} examples, {n_steps} steps)")
+        raise RetainError(
+            f"task {ctx.task.name!r}: nothing to train on ({len(examples)} examples, {n_steps} steps)"
+        )
     parameters = list(bank.trainable().values())
     if not parameters:
         raise RetainError(f"task {ctx.task.name!r}: method {method.name!r} trains no adapter")
@@ -128,23 +134,22 @@ def fit(
     stats = FitStats() if saved is None else _restore(saved, model, method, optimizer)
     stats.trainable_parameters = sum(p.numel() for p in parameters)
     started = time.perf_counter() - stats.seconds
-    losses: list[Tensor] = []
+    losses, every = list[Tensor](), optim.checkpoint_every
     with _training(model, optim):
         for step in range(stats.steps, n_steps):
-            ctx.step, last = step, step + 1 == n_steps
-            torch.manual_seed(_step_seed(ctx, engine.rank))  # dropout: owned by the step, so a resume needs no state
+            ctx.step = step
+            _seed_dropout(ctx, engine.rank, model.device)  # of the step: a resume needs no generator state
             optimizer.zero_grad(set_to_none=True)  # here, not at the end: after_step reads .grad
-            rows = order[step][engine.rank :: engine.world]
-            micros = [model.collate([examples[i] for i in part], answers=True) for part in _split(rows, optim, engine)]
-            n_answer, n_tokens = engine.total(sum(b.n_answer for b in micros), sum(_tokens(b.inputs) for b in micros))
+            micros = _micros(model, examples, order[step], optim, engine)
+            n_answer, n_tokens = engine.total(sum(b.n_answer for b in micros), sum(map(_tokens, micros)))
             loss = torch.zeros(2, device=model.device)
             for batch in micros:
                 with autocast(model.device, optim.precision):
                     out = model(batch)
-                    term = method.loss(ctx, batch, out)
-                share = batch.n_answer / n_answer
-                ((out.loss + term) * share).backward()  # type: ignore[no-untyped-call]
-                loss += torch.stack([out.loss.detach(), torch.as_tensor(term, device=loss.device).detach()]) * share
+                    term = torch.as_tensor(method.loss(ctx, batch, out), device=model.device)
+                shares = torch.stack([out.loss, term]) * (batch.n_answer / n_answer)
+                shares.sum().backward()  # type: ignore[no-untyped-call]
+                loss += shares.detach()
             losses.append(loss)
             engine.sum_grads(parameters)
             if optim.max_grad_norm:
@@ -154,12 +159,13 @@ def fit(
                 group["lr"] = group["top_lr"] * optim.rate(step, n_steps)
             optimizer.step()
             method.after_step(ctx)
-            stats.steps, stats.samples, stats.tokens = step + 1, stats.samples + len(order[step]), stats.tokens + int(n_tokens)
-            save = checkpoints and optim.checkpoint_every and stats.steps % optim.checkpoint_every == 0 and not last
-            if last or save or stats.steps % optim.log_every == 0:
-                stats.last_loss = _flush(losses, ctx, engine, optimizer)  # before a checkpoint: it holds only finite steps
+            stats.steps, stats.samples = step + 1, stats.samples + len(order[step])
+            stats.tokens += int(n_tokens)
+            save = every and stats.steps % every == 0 and stats.steps < n_steps
+            if save or stats.steps == n_steps or stats.steps % optim.log_every == 0:
+                stats.last_loss = _flush(losses, ctx, engine, optimizer)  # first: saved steps are finite
                 on_step(stats.steps, stats.last_loss)
-            if checkpoints and save:
+            if save and checkpoints:
                 stats.seconds = time.perf_counter() - started
                 checkpoints.save(_snapshot(stats, model, method, optimizer))
     optimizer.zero_grad(set_to_none=True)
@@ -169,13 +175,16 @@ def fit(
 
 
 def make_optimizer(model: Model, optim: Optim) -> torch.optim.Optimizer:
-    """AdamW over the trainable adapter tensors, one group per learning rate; `top_lr` is what the schedule scales."""
+    """AdamW over the trainable tensors, one group per learning rate; the schedule scales `top_lr`."""
     groups: dict[str, list[Tensor]] = {}
     for key, p in model.adapters.trainable().items():
         groups.setdefault(model.adapters.group(key), []).append(p)
     rates = {"projector": optim.lr if optim.projector_lr is None else optim.projector_lr}
     return torch.optim.AdamW(
-        [{"params": ps, "lr": 0.0, "top_lr": rates.get(name, optim.lr), "name": name} for name, ps in groups.items()],
+        [
+            {"params": ps, "lr": 0.0, "top_lr": rates.get(name, optim.lr), "name": name}
+            for name, ps in groups.items()
+        ],
         betas=(optim.beta1, optim.beta2),
         weight_decay=optim.weight_decay,
         fused=True,
@@ -183,10 +192,10 @@ def make_optimizer(model: Model, optim: Optim) -> torch.optim.Optimizer:
 
 
 def batches(model: Model, examples: Examples, ctx: Context, optim: Optim, n_steps: int) -> list[list[int]]:
-    """The rows of every step, decided before the first: epochs one after another, each in its own random order.
+    """The rows of every step, decided before the first: epoch after epoch, each in a random order of its own.
 
-    With `group_by_length`, samples of similar length meet in one batch (sorted within runs of 8 batches, then the
-    batches are shuffled), which saves padding.
+    With `group_by_length`, samples of similar length meet in one batch (sorted within runs of 8 batches, then
+    the batches are shuffled), which saves padding.
     """
     rng, n, size = ctx.rng("order"), len(examples), optim.batch_size
     total = n_steps * size if optim.steps is not None else min(n_steps * size, math.ceil(n * optim.epochs))
@@ -224,46 +233,73 @@ def _training(model: Model, optim: Optim) -> Iterator[None]:
             model.train(False)
 
 
-def _split(rows: list[int], optim: Optim, engine: Engine) -> Iterator[list[int]]:
+def _micros(model: Model, examples: Examples, rows: list[int], optim: Optim, engine: Engine) -> list[Batch]:
+    """This process's micro-batches of a step; none where a short last batch has no sample left for it."""
+    mine = rows[engine.rank :: engine.world]
     size = max(1, math.ceil(optim.batch_size / optim.accumulate / engine.world))
-    return (rows[i : i + size] for i in range(0, len(rows), size))
+    parts = [mine[i : i + size] for i in range(0, len(mine), size)]
+    return [model.collate([examples[i] for i in part], answers=True) for part in parts]
 
 
-def _tokens(inputs: Mapping[str, Tensor]) -> int:
-    mask = inputs.get("attention_mask")
-    return int(inputs["input_ids"].numel() if mask is None else mask.sum())
+def _tokens(batch: Batch) -> int:
+    mask = batch.inputs.get("attention_mask")
+    return int(batch.inputs["input_ids"].numel() if mask is None else mask.sum())
 
 
-def _step_seed(ctx: Context, rank: int) -> int:
+def _seed_dropout(ctx: Context, rank: int, device: torch.device) -> None:
+    """Seed what dropout draws from (`torch.manual_seed` asks every kind of device: 80 times as long)."""
     text = f"{ctx.seed}/{ctx.task.name}/dropout/{ctx.step}/{rank}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
+    seed = int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _flush(losses: list[Tensor], ctx: Context, engine: Engine, optimizer: torch.optim.Optimizer) -> float:
-    """Log the answer losses and the method's terms since the last flush: the only host sync of one process."""
+    """Log the answer losses and the method's terms since the last flush: the only host sync."""
     n = len(losses)
     values = engine.total(*torch.stack(losses, dim=1).flatten().tolist())
     losses.clear()
     answer, terms = values[:n], values[n:]
     first = ctx.step + 1 - n
-    bad = next((i for i, (a, t) in enumerate(zip(answer, terms, strict=True), first + 1) if not math.isfinite(a + t)), None)
+    bad = next(
+        (
+            i
+            for i, (a, t) in enumerate(zip(answer, terms, strict=True), first + 1)
+            if not math.isfinite(a + t)
+        ),
+        None,
+    )
     if bad is not None:
-        raise RetainError(f"task {ctx.task.name!r}: the loss is not finite at step {bad}; lower optim.lr or check the data")
+        raise RetainError(
+            f"task {ctx.task.name!r}: the loss is not finite at step {bad}; lower optim.lr or check the data"
+        )
     rates = {str(g["name"]): g["lr"] for g in optimizer.param_groups}
     method = {"method": terms[-1]} if any(terms) else {}
     ctx.log(
-        kind="step", task=ctx.task.name, step=ctx.step + 1, loss=answer[-1], losses=answer, first=first, lr=rates, **method
+        kind="step",
+        task=ctx.task.name,
+        step=ctx.step + 1,
+        loss=answer[-1],
+        losses=answer,
+        first=first,
+        lr=rates,
+        **method,
     )
     return answer[-1]
 
 
-def _snapshot(stats: FitStats, model: Model, method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _snapshot(
+    stats: FitStats, model: Model, method: Method, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     adapters = {name: model.adapters.state(name) for name in model.adapters.names}
     state = {"adapters": adapters, "method": method.state_dict(), "optimizer": optimizer.state_dict()}
     return {"stats": asdict(stats), **state}
 
 
-def _restore(saved: Mapping[str, Any], model: Model, method: Method, optimizer: torch.optim.Optimizer) -> FitStats:
+def _restore(
+    saved: Mapping[str, Any], model: Model, method: Method, optimizer: torch.optim.Optimizer
+) -> FitStats:
     for name, state in saved["adapters"].items():
         model.adapters.load(name, state)
     method.load_state_dict(saved["method"])
