@@ -9,14 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import time
 import webbrowser
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from safetensors import SafetensorError
 from typer.core import TyperGroup
 
@@ -84,40 +81,6 @@ def _top(
         raise typer.Exit
 
 
-class _Watch:
-    """What `continual.run` reports, to the terminal and to the trackers that the recipe names."""
-
-    def __init__(self, progress: Any, tracker: Any, batch_size: int) -> None:
-        self.progress, self.tracker, self.batch_size = progress, tracker, batch_size
-        self.steps, self.began, self.first = 0, time.monotonic(), 0
-
-    def stage(self, task: str, n_steps: int) -> None:
-        self.began, self.first = time.monotonic(), -1
-        self.progress.stage(task, n_steps)
-
-    def step(self, i: int, loss: float) -> None:
-        """`i` steps are done. A resumed task starts above 0, and the rate counts from there."""
-        if self.first < 0:
-            self.first, self.began = i, time.monotonic()
-        rate = (i - self.first) * self.batch_size / max(time.monotonic() - self.began, 1e-9)
-        self.progress.step(i - 1, loss, rate)
-        self.steps += 1
-        self.tracker.log(self.steps, loss=loss)
-
-    def evaluating(self, task: str, n: int) -> None:
-        self.progress.evaluating(task, n)
-
-    def advance(self, n: int) -> None:
-        self.progress.advance(n)
-
-    def row(self, name: str, scores: Mapping[str, float]) -> None:
-        self.progress.row(name, scores, learned=name)
-        self.tracker.log(self.steps, **{f"score/{task}": value for task, value in scores.items()})
-
-    def note(self, text: str) -> None:
-        self.progress.note(text)
-
-
 @app.command()
 def run(
     recipe: RecipeFile,
@@ -125,41 +88,15 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
 ) -> None:
     """Learn a stream with a method. After a crash the same command continues."""
-    from retain import config, continual
-    from retain.engine import Engine
+    from retain import config
     from retain.metrics import render
-    from retain.progress import Progress
-    from retain.store import RunDir
-    from retain.track import open_tracker
+    from retain.start import start
 
     r = config.load(recipe, overrides or [])
-    engine = Engine.start(r.model.device)
-    method, resolved = r.build_method(), r.resolved()
-    RunDir.open(
-        r.out, resolved, main=False
-    )  # a folder of another recipe is refused before anything is loaded
-    stream = r.build_stream()
-    model = r.build_model(engine.device)
-    checked = RunDir(r.out, main=False)
-    watch = continual.Silent()
-    continual.check(
-        continual.Running(model, stream, method, r.optim, r.eval, checked, engine, watch, r.seed, {})
-    )
-    engine.wait()
-    store = RunDir.open(r.out, resolved, main=engine.main)
-    tracker = open_tracker(r.track if engine.main else (), r.out, r.out.name, resolved)
-    with Progress(quiet=quiet or not engine.main) as progress:
-        shown = _Watch(progress, tracker, r.optim.batch_size)
-        try:
-            matrix = continual.run(
-                model, stream, method, r.optim, store, seed=r.seed, options=r.eval, engine=engine, watch=shown
-            )
-        finally:
-            tracker.close()
-    if engine.main:
-        render.show(
-            render.matrix_rows(matrix), f"{r.out}: score on each task (columns) after each stage (rows)"
-        )
+    matrix, main_process = start(r, quiet=quiet)
+    if main_process:
+        about = f"{r.out}: score on each task (columns) after each stage (rows)"
+        render.show(render.matrix_rows(matrix), about)
         render.show(render.metric_rows(matrix.metrics()))
         typer.echo(f"next: retain report {r.out} --open")
 
@@ -214,25 +151,28 @@ def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def compare(runs: RunFolders) -> None:
-    """One table over runs: metrics with intervals, budgets, paired tests."""
-    from retain.report.tables import compare as tables
+def compare(
+    runs: RunFolders,
+    against: Annotated[str | None, typer.Option(help="the method or run to test the others against")] = None,
+) -> None:
+    """One table over runs: metrics with intervals, budgets, paired tests; seeds of a recipe are averaged."""
+    from retain.report.tables import compare as print_tables
 
-    Console().print(tables(runs))
+    print_tables(runs, against=against)
 
 
 @app.command()
 def report(
     runs: RunFolders,
     out: Annotated[
-        Path | None, typer.Option(help="where to write it; default: report.html in the first run")
+        Path | None, typer.Option(help="default: report.html in the run, or beside several")
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="show it in a browser")] = False,
 ) -> None:
     """One HTML page: matrix, curves, forgetting, what was forgotten, budget, config."""
     from retain.report.html import write_report
 
-    target = out or runs[0] / "report.html"
+    target = out or (runs[0] if len(runs) == 1 else runs[0].parent) / "report.html"
     write_report(runs, target)
     typer.echo(f"{target}")
     if open_it:

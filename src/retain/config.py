@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -131,8 +132,12 @@ class Recipe:
 
     def build_model(self, device: torch.device | None = None) -> Model:
         """The base model with this recipe's adapters. A Hub id is the only thing ever downloaded."""
-        from retain.models.hf import HFModel  # slow to import: transformers
+        from transformers.utils import logging  # slow to import, and so is the next
 
+        from retain.models.hf import HFModel
+
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         spec = self.model
         try:
             return HFModel.load(
@@ -181,7 +186,9 @@ def parse(data: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) ->
     try:
         return _recipe(plain, path)
     except RetainError as error:
-        guilty = [text for text in overrides if text.partition("=")[0].strip() in str(error)]
+        said = re.split(r"; did you mean|Choose from", str(error).removeprefix(str(path)))[0]
+        words = set(re.findall(r"\w+", said))
+        guilty = [text for text in overrides if words.issuperset(re.findall(r"\w+", text.partition("=")[0]))]
         raise type(error)(f"{error} (override {guilty[-1]!r})" if guilty else str(error)) from None
 
 
@@ -193,6 +200,8 @@ def _recipe(plain: Plain, path: Path) -> Recipe:
     for tracker in top.track:
         if tracker not in TRACKERS:
             raise RetainError(f"{path}: track: no tracker {tracker!r}{near(tracker, TRACKERS)}")
+    if top.optim.steps == 0:
+        raise RetainError(f"{path}: optim.steps: must be at least 1, or null to count epochs; not 0")
     _check_stream(top.stream, path)
     out = Path(top.out).expanduser() if top.out else default_out(path, top.seed)
     guide = _place(top.model.guide, base) if top.model.guide else None
@@ -271,6 +280,8 @@ def _check_stream(stream: Plain, path: Path) -> None:
     where = f"{path}: stream"
     if "tasks" in stream:
         spec = fill(FilesSpec, stream, where)
+        if not spec.tasks:
+            raise RetainError(f"{where}.tasks: the list is empty; name at least one task")
         for i, task in enumerate([*spec.tasks, *spec.unseen]):
             for name in filter(None, (task.score, task.compat)):
                 _prefixed(f"{where}.tasks[{i}] ({task.name})", lambda name=name: score(name))

@@ -1,8 +1,8 @@
 """A dry run: stages, steps, parameters, FLOPs, and estimates of memory and time, before any weight is loaded.
 
-The model is built from its config on the meta device (shapes without storage), its processor counts the tokens
-of a few examples per task, and the speed is that of earlier runs of this model in `runs/`, or else a share of a
-matrix product timed on the spot. What is an estimate is called one, with what it rests on.
+The model is built from its config on the meta device (shapes without storage), its processor counts the
+tokens of a few examples per task, and the speed is that of earlier runs of this model in `runs/`, or else a
+share of a matrix product timed on the spot. What is an estimate is called one, with what it rests on.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import hashlib
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,18 +43,19 @@ class Finding:
 
 
 def diagnose(stream: Stream | Sequence[Task]) -> list[Finding]:
-    """All findings over all tasks, errors first; each kind is listed a few times per split, then counted."""
+    """All findings over all tasks, errors first."""
     tasks = stream.all if isinstance(stream, Stream) else tuple(stream)
     pixels = _Pixels()
     found = [f for task in tasks for f in _task(task, pixels)]
     found += _across(tasks, pixels)
     found += _balance(tasks)
-    return sorted(_shortened(found), key=lambda f: (f.level != "error", f.task, f.split, f.field, f.row))
+    return sorted(found, key=lambda f: (f.level != "error", f.task, f.split, f.field, f.row))
 
 
-def finding_rows(findings: Iterable[Finding]) -> list[list[str]]:
-    """A table as text."""
-    body = [[f.level, f.task, f.split, str(f.row or ""), f.id, f.field, f.message] for f in findings]
+def finding_rows(findings: Sequence[Finding]) -> list[list[str]]:
+    """A table as text; each kind is listed a few times per split, then counted."""
+    shown = _shortened(findings)
+    body = [[f.level, f.task, f.split, str(f.row or ""), f.id, f.field, f.message] for f in shown]
     return [["level", "task", "split", "row", "id", "field", "what"], *body]
 
 

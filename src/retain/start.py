@@ -1,0 +1,98 @@
+"""A recipe becomes a run: build the parts, refuse what cannot work before anything is written, run, show."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from retain import continual
+from retain.config import Recipe
+from retain.engine import Engine
+from retain.metrics import AccuracyMatrix
+from retain.models.base import Model
+from retain.progress import Progress
+from retain.store import RunDir
+from retain.stream import Stream
+from retain.track import Tracker, open_tracker
+
+
+def start(recipe: Recipe, *, quiet: bool = False) -> tuple[AccuracyMatrix, bool]:
+    """Run a recipe, or continue it; returns the matrix, and whether this process should print it."""
+    engine = Engine.start(recipe.model.device)
+    resolved = recipe.resolved()
+    method = recipe.build_method()
+    old = RunDir.open(recipe.out, resolved, main=False)  # refuses a folder of another recipe, creates nothing
+    stream = recipe.build_stream()
+    model = recipe.build_model(engine.device)
+    parts = (recipe.optim, recipe.eval, old, engine, continual.Silent(), recipe.seed)
+    continual.check(continual.Running(model, stream, method, *parts))
+    if not old.done:
+        check_lengths(model, stream)
+    engine.wait()  # the other processes must have looked before the first one writes
+    store = RunDir.open(recipe.out, resolved, main=engine.main)
+    tracker = open_tracker(recipe.track if engine.main else (), recipe.out, recipe.out.name, resolved)
+    try:
+        with Progress(quiet=quiet or not engine.main) as progress:
+            matrix = continual.run(
+                model,
+                stream,
+                method,
+                recipe.optim,
+                store,
+                seed=recipe.seed,
+                options=recipe.eval,
+                engine=engine,
+                watch=Watch(progress, tracker, recipe.optim.batch_size),
+            )
+    finally:
+        tracker.close()
+    return matrix, engine.main
+
+
+def check_lengths(model: Model, stream: Stream) -> None:
+    """Encode every example once, so that one that does not fit the model is named now."""
+    for task in stream.all:
+        for split in (task.train, task.test):
+            for example in split:
+                model.length(example)
+
+
+class Watch:
+    """What `continual.run` reports, for the terminal and for the trackers that the recipe names."""
+
+    def __init__(self, progress: Progress, tracker: Tracker, batch_size: int) -> None:
+        self.progress, self.tracker, self.batch_size = progress, tracker, batch_size
+        self.base = self.last = 0  # steps of earlier stages, and of this one
+        self.first, self.began = -1, time.monotonic()
+
+    def stage(self, task: str, n_steps: int) -> None:
+        """Training on a task begins."""
+        self.base, self.last, self.first = self.base + self.last, 0, -1
+        self.progress.stage(task, n_steps)
+
+    def step(self, i: int, loss: float) -> None:
+        """`i` steps are done. A resumed task starts above 0, and the rate counts from there."""
+        if self.first < 0:
+            self.first, self.began = i, time.monotonic()
+        seconds = time.monotonic() - self.began
+        rate = (i - self.first) * self.batch_size / seconds if i > self.first else None
+        self.last = i
+        self.progress.step(i, loss, rate)
+        self.tracker.log(self.base + i, loss=loss)
+
+    def evaluating(self, task: str, n: int) -> None:
+        """Evaluation on a task begins."""
+        self.progress.evaluating(task, n)
+
+    def advance(self, n: int) -> None:
+        """`n` more samples are evaluated."""
+        self.progress.advance(n)
+
+    def row(self, name: str, scores: Mapping[str, float]) -> None:
+        """A row of the matrix is complete."""
+        self.progress.row(name, scores, learned=name)
+        self.tracker.log(self.base + self.last, **{f"score/{task}": value for task, value in scores.items()})
+
+    def note(self, text: str) -> None:
+        """A line for the person who waits."""
+        self.progress.note(text)

@@ -1,0 +1,196 @@
+"""Recipes: strict values, overrides, paths; a mistake is answered with key, nearest name and choices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from retain import config
+from retain.types import RetainError
+from retain.values import fill, read_yaml
+
+RECIPE = """
+model: pocket
+adapter: {rank: 8}
+stream:
+  image_root: images
+  tasks:
+    - {name: one, train: one.json, test: one_test.json}
+    - {name: two, train: two.json, test: two_test.json, score: choice, max_new_tokens: 4}
+method: [lora, {replay: {size: 20}}]
+optim: {lr: 2e-3, steps: 5}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "shop" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_text(RECIPE)
+    return path
+
+
+def test_values_are_typed(recipe: Path) -> None:
+    r = config.load(recipe)
+    assert (r.model.name, r.adapter.rank, r.adapter.alpha) == ("pocket", 8, 32.0)
+    assert r.optim.lr == 2e-3 and isinstance(r.optim.lr, float) and r.optim.steps == 5
+    assert r.method == [{"lora": {}}, {"replay": {"size": 20}}]
+    assert r.out == Path("runs/shop-mine")
+
+
+def test_paths_are_relative_to_the_recipe(recipe: Path) -> None:
+    stream = config.load(recipe).stream
+    assert stream["image_root"] == str(recipe.parent / "images")
+    assert stream["tasks"][0]["train"] == str(recipe.parent / "one.json")
+
+
+def test_the_resolved_recipe_makes_the_same_recipe(recipe: Path, tmp_path: Path) -> None:
+    r = config.load(recipe, ["seed=3", "method.replay.size=7"])
+    again = config.parse(r.resolved(), tmp_path / "elsewhere" / "config.yaml")
+    assert again.resolved() == r.resolved()
+
+
+def test_a_model_directory_is_found_beside_the_recipe(recipe: Path) -> None:
+    (recipe.parent / "base").mkdir()
+    assert config.load(recipe, ["model=base"]).model.name == str(recipe.parent / "base")
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("seed=3", lambda r: r.seed == 3 and r.out == Path("runs/shop-mine-seed3")),
+        ("optim.lr=1e-4", lambda r: r.optim.lr == 1e-4),
+        ("optim.lr=1", lambda r: r.optim.lr == 1.0),
+        ("optim.steps=null", lambda r: r.optim.steps is None),
+        ("method=ewc", lambda r: r.method == [{"ewc": {}}]),
+        ("method=[lora, {ewc: {weight: 2.0}}]", lambda r: r.method[1] == {"ewc": {"weight": 2.0}}),
+        ("method.replay.size=7", lambda r: r.method[1] == {"replay": {"size": 7}}),
+        ("method.1.replay.size=7", lambda r: r.method[1] == {"replay": {"size": 7}}),
+        ("stream.tasks.two.max_new_tokens=9", lambda r: r.stream["tasks"][1]["max_new_tokens"] == 9),
+        ("stream.tasks.0.score=vqa", lambda r: r.stream["tasks"][0]["score"] == "vqa"),
+        ("model.dtype=bf16", lambda r: (r.model.name, r.model.dtype) == ("pocket", "bf16")),
+        ("out=runs/x=y", lambda r: r.out == Path("runs/x=y")),
+        ("track=tensorboard", lambda r: r.track == ("tensorboard",)),
+    ],
+)
+def test_overrides(recipe: Path, override: str, read) -> None:
+    assert read(config.load(recipe, [override]))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optm.lr=1", ["no key 'optm'", "did you mean 'optim'", "Choose from ['model'"]),
+        ("optim.lrr=1", ["optim", "'lrr'", "did you mean 'lr'", "weight_decay", "override 'optim.lrr=1'"]),
+        ("optim.lr=fast", ["optim.lr", "'fast'", "number"]),
+        ("optim.lr='1'", ["optim.lr", "'1'", "number"]),
+        ("optim.lr=-1", ["optim.lr", "-1"]),
+        ("optim.batch_size=1.5", ["optim.batch_size", "1.5", "integer"]),
+        ("optim.group_by_length=1", ["optim.group_by_length", "bool"]),
+        ("optim.schedule=linear", ["optim.schedule", "linear", "cosine", "constant"]),
+        ("optim=3", ["optim", "mapping"]),
+        ("adapter.rank=0", ["adapter", "rank", "0"]),
+        ("adapter.rank=true", ["adapter.rank", "True"]),
+        ("model.dtype=fp8", ["model.dtype", "fp8", "fp32", "bf16"]),
+        ("seed=one", ["seed", "'one'", "integer"]),
+        ("method.rplay.size=1", ["rplay", "did you mean 'replay'"]),
+        ("method=[]", ["method", "at least one"]),
+        ("method=[3]", ["method[0]", "3"]),
+        ("stream=pokcet", ["stream", "no benchmark 'pokcet'", "pocket"]),
+        ("stream={pocket: {n_trian: 3}}", ["stream.pocket", "n_trian", "did you mean 'n_train'"]),
+        ("stream={pocket: {n_train: many}}", ["stream.pocket.n_train", "'many'", "integer"]),
+        ("stream.tasks.one.score=exat", ["stream.tasks[0] (one)", "exat", "exact"]),
+        ("stream.tasks.one.scor=exact", ["stream.tasks[0]", "scor", "did you mean 'score'"]),
+        ("stream.tasks.three.score=exact", ["three", "one", "two"]),
+        ("stream.tasks=[]", ["stream.tasks", "at least one"]),
+        ("stream.tasks=[{train: a.json}]", ["stream.tasks[0]", "'name' is missing"]),
+        ("track=[tensorbord]", ["track", "tensorbord", "did you mean 'tensorboard'"]),
+        ("plugins=[nope.py]", ["plugins", "nope.py"]),
+        ("seed", ["key=value", "'seed'"]),
+        ("=3", ["key=value"]),
+        ("adapter={rank: 3", ["adapter", "no valid YAML"]),
+        ("seed.x=3", ["seed", "integer"]),
+    ],
+)
+def test_a_wrong_override_is_named(recipe: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(RetainError) as caught:
+        config.load(recipe, [override])
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is missing in: {caught.value}"
+    assert str(recipe) in str(caught.value) or override in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: [", ["line 1", "no valid YAML"]),
+        ("model: pocket\nmodel: pocket\nstream: pocket\nmethod: lora", ["'model' occurs twice", "line 2"]),
+        ("- a\n- b", ["a mapping of keys", "a list"]),
+        ("", ["a mapping of keys", "nothing"]),
+        ("model: pocket\nstream: pocket", ["'method' is missing"]),
+        ("stream: pocket\nmethod: lora", ["'model' is missing"]),
+        ("model: pocket\nmethod: lora\nstream: {pocket: {}, coin: {}}", ["stream", "one benchmark"]),
+        ("model: {nam: pocket}\nstream: pocket\nmethod: lora", ["model", "nam", "did you mean 'name'"]),
+        ("model: pocket\nstream: pocket\nmethod: lora\n1: 2", ["no key '1'"]),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RetainError) as caught:
+        config.load(path)
+    for word in [*words, str(path)]:
+        assert word in str(caught.value), f"{word!r} is missing in: {caught.value}"
+
+
+def test_a_missing_recipe_names_a_near_one(recipe: Path) -> None:
+    with pytest.raises(RetainError, match=r"no such recipe; did you mean .*mine\.yaml"):
+        config.load(recipe.with_name("mime.yaml"))
+    with pytest.raises(RetainError, match="folder"):
+        config.load(recipe.parent)
+    recipe.write_bytes(b"model: \xff")
+    with pytest.raises(RetainError, match="UTF-8"):
+        config.load(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2e-3", 2e-3), ("1E5", 1e5), ("3", 3), ("-3", -3), ("1.5", 1.5), (".5", 0.5), ("1.", 1.0),
+        ("true", True), ("on", "on"), ("no", "no"), ("null", None), ("~", None), ("", None),
+        ("2024-01-01", "2024-01-01"), ("1_000", "1_000"), ("'3'", "3"), ("0x10", "0x10"), ("1e", "1e"),
+    ],
+)  # fmt: skip
+def test_scalars_are_yaml_1_2(text: str, value: object) -> None:
+    read = read_yaml(text, "here")
+    assert read == value and type(read) is type(value)
+
+
+def test_fill_names_nested_keys() -> None:
+    with pytest.raises(RetainError, match=r"f: tasks\[1\]: no key 'nam'; did you mean 'name'"):
+        fill(config.FilesSpec, {"tasks": [{"name": "a"}, {"nam": "b"}]}, "f")
+
+
+def test_a_plugin_registers_its_method(recipe: Path) -> None:
+    (recipe.parent / "extra_plugin_for_test.py").write_text(
+        "from dataclasses import dataclass\nfrom typing import ClassVar\n"
+        "from retain.method import Method, register\n\n"
+        "@register\n@dataclass\nclass Extra(Method):\n"
+        "    name: ClassVar[str] = 'extra_of_test'\n    size: int = 3\n"
+    )
+    overrides = ["plugins=[extra_plugin_for_test.py]", "method=[lora, {extra_of_test: {size: 5}}]"]
+    try:
+        for _ in range(2):  # a second load registers nothing new and is no conflict
+            parts = config.load(recipe, overrides).build_method().parts
+            assert [p.name for p in parts] == ["lora", "extra_of_test"] and parts[1].config() == {"size": 5}
+    finally:
+        from retain.method import REGISTRY
+
+        REGISTRY.pop("extra_of_test", None)
+
+
+def test_a_broken_plugin_is_named(recipe: Path) -> None:
+    (recipe.parent / "broken_plugin.py").write_text("import nothing_of_that_name")
+    with pytest.raises(RetainError, match=r"broken_plugin\.py: ModuleNotFoundError"):
+        config.load(recipe, ["plugins=[broken_plugin.py]"]).build_method()

@@ -1,0 +1,125 @@
+"""The import direction of the design: every file has a layer and imports only from layers to its left."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import retain
+
+PACKAGE = Path(retain.__file__).parent
+
+# left to right; a module imports from its own layer or from layers to the left
+LAYERS = [
+    {"types", "files"},
+    {"stream"},
+    {"data", "adapters"},
+    {"models"},
+    {"method"},
+    {"merge", "federated.server"},
+    {"methods"},
+    {"engine", "progress", "track"},
+    {"train"},
+    {"metrics"},
+    {"store"},
+    {"evaluate"},
+    {"continual", "federated"},
+    {"benchmarks", "report", "serve", "values"},
+    {"config"},
+    {"explain", "plan", "rescore", "export", "start"},
+    {"cli"},
+]
+ORDER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+APART = {"models": {"method", "methods"}, "methods": {"train", "methods"}}
+"""Beyond the order: models know no method; methods import neither each other nor the trainer."""
+
+DOORS = {("retain.method", "retain.methods")}
+"""The registry imports the package of methods when it is asked what there is; it names none of them."""
+
+
+def layer_of(module: str) -> str:
+    """`retain.models.hf` -> `models`; `retain.federated.server` keeps two names."""
+    parts = module.split(".")[1:]
+    two = ".".join(parts[:2])
+    return two if two in ORDER else parts[0] if parts else ""
+
+
+def imports(path: Path) -> list[str]:
+    """Every module of ours that a file imports, at the top or inside a function."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.split(".")[0] == "retain"]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the direction"
+            if node.module == "retain":
+                found += [f"retain.{a.name}" for a in node.names]
+            elif node.module and node.module.startswith("retain."):
+                found.append(node.module)
+    return found
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_left(path: Path) -> None:
+    module = module_of(path)
+    here = layer_of(module)
+    assert here in ORDER, f"{module}: give it a layer in tests/test_layers.py and in docs/design.md"
+    for name in imports(path):
+        there = layer_of(name)
+        if there not in ORDER:  # `from retain import __version__`, or a public name of the package
+            assert here == "cli" or name == "retain.__version__", f"{module} imports {name}"
+            continue
+        if (module, name) in DOORS:
+            continue
+        assert ORDER[there] <= ORDER[here], (
+            f"{module} ({here}) imports {name} ({there}), which lies to its right"
+        )
+        forbidden = there in APART.get(here, set()) and not _own_part(module, name)
+        assert not forbidden, f"{module} may not import {name}"
+
+
+def _own_part(module: str, name: str) -> bool:
+    """Helpers that methods share start with an underscore."""
+    return name.startswith("retain.methods._") or module == "retain.methods"
+
+
+def test_it_can_fail() -> None:
+    assert ORDER["train"] > ORDER["models"] and ORDER["cli"] == max(ORDER.values())
+    assert layer_of("retain.federated.server") != layer_of("retain.federated.rounds")
+    source = "from retain.cli import main\ndef f():\n    import retain.train\n"
+    found = [n for node in ast.walk(ast.parse(source)) for n in _names(node)]
+    assert found == ["retain.cli", "retain.train"]
+
+
+def _names(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return [a.name for a in node.names] if isinstance(node, ast.Import) else []
+
+
+def test_only_config_and_cli_name_methods() -> None:
+    """No file outside methods/, config and cli compares with a method's name."""
+    from retain.method import available
+
+    names = set(available()) - {"lora"}  # `lora` is also the kind of an adapter and a group of learning rates
+    for path in FILES:
+        if layer_of(module_of(path)) in {"methods", "config", "cli", "benchmarks", "report"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                words = {
+                    c.value
+                    for c in ast.walk(node)
+                    if isinstance(c, ast.Constant) and isinstance(c.value, str)
+                }
+                assert not words & names, f"{path}: asks for the method {words & names}; a hook is missing"

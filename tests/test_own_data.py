@@ -1,0 +1,118 @@
+"""`retain run` on a user's own folder: LLaVA JSON, HF messages JSONL; then every command on what it left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import own_data
+from retain.cli import app
+from retain.store import read_jsonl
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return own_data.model_dir(tmp_path_factory.mktemp("base"))
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def good(*args: object) -> str:
+    result = call(*args)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hashes of what a run must not change when it is called again."""
+    kept = [
+        p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in {"run.lock", "events.jsonl"}
+    ]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Path, str]:
+    """A finished run on LLaVA JSON: its recipe, and what was printed."""
+    recipe = own_data.shop(tmp_path_factory.mktemp("shop"), model)
+    return recipe, good("run", recipe)
+
+
+def test_llava_json(finished: tuple[Path, str]) -> None:
+    recipe, printed = finished
+    run = recipe.parent / "run"
+    for word in ("colour", "paint", "zero-shot", "Last", "BWT", "mean_j A[T,j]", "retain report"):
+        assert word in printed
+    assert (run / "DONE").is_file()
+    answers = read_jsonl(run / "rows" / "02-paint" / "predictions" / "colour.jsonl")
+    assert [a["id"] for a in answers] == [f"colour-test-{i}" for i in range(3)]
+    assert answers[0]["references"] == ["red"] and (run / answers[0]["image"]).is_file()
+
+
+def test_hf_messages_train_the_same(finished: tuple[Path, str], tmp_path: Path, model: Path) -> None:
+    """The same data in the other format gives the same adapters, bit for bit."""
+    recipe = own_data.shop(tmp_path, model, jsonl=True)
+    good("run", recipe, "--quiet")
+    name = Path("rows/02-paint/adapters")
+    ours = sorted((recipe.parent / "run" / name).glob("*.safetensors"))
+    assert ours
+    for path in ours:
+        assert path.read_bytes() == (finished[0].parent / "run" / name / path.name).read_bytes()
+
+
+def test_running_again_changes_nothing(finished: tuple[Path, str]) -> None:
+    before = contents(finished[0].parent / "run")
+    again = good("run", finished[0], "-q")
+    assert contents(finished[0].parent / "run") == before
+    title = f"{finished[0].parent / 'run'}: score"
+    assert again[again.index(title) :] == finished[1][finished[1].index(title) :]
+
+
+def test_every_other_command(finished: tuple[Path, str], tmp_path: Path) -> None:
+    recipe, _ = finished
+    run = recipe.parent / "run"
+    page = tmp_path / "r.html"
+    assert str(page) in good("report", run, "--out", page) and "<svg" in page.read_text(encoding="utf-8")
+    assert "Last" in good("compare", run)
+    table = good("evaluate", run, "--task", "paint", "--after", 2, "--score", "contains")
+    assert "contains" in table and "paint" in table and "zero" not in table
+    assert "0 errors" in good("doctor", recipe)
+    plan = good("plan", recipe)
+    assert "trainable parameters" in plan and "time (estimate)" in plan and "colour" in plan
+    assert "lora" in good("explain", recipe) and "replay" in good("methods")
+
+
+def test_export_peft_and_merged(finished: tuple[Path, str], tmp_path: Path) -> None:
+    run = finished[0].parent / "run"
+    assert "logits checked" in good("export", run, "--to", tmp_path / "peft")
+    head = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert head["peft_type"] == "LORA" and head["r"] == 4
+    said = good("export", run, "--after", 1, "--merged", "--to", tmp_path / "merged")
+    assert "after colour" in said and (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_a_merged_checkpoint_is_a_base_of_its_own(finished: tuple[Path, str], tmp_path: Path) -> None:
+    good("export", finished[0].parent / "run", "--merged", "--to", tmp_path / "merged")
+    recipe = own_data.shop(tmp_path, tmp_path / "merged", n_train=4, n_test=2)
+    assert "paint" in good("run", recipe, "-q", "optim.steps=1", "method=[lora, {replay: {size: 2}}]")
+    refused = call("evaluate", tmp_path / "run", "--task", "nothing")
+    assert refused.exit_code == 2 and "colour" in refused.output
+
+
+def test_plan_counts_what_the_run_then_does(finished: tuple[Path, str]) -> None:
+    from retain import config
+    from retain.plan import make_plan
+
+    plan = make_plan(config.load(finished[0]), Path("nowhere"))
+    fit = json.loads((finished[0].parent / "run/rows/01-colour/fit.json").read_text())
+    stage = plan.stages[0]
+    assert (stage.steps, stage.samples) == (fit["steps"], fit["samples"])
+    assert plan.shape.trainable == fit["trainable_parameters"]
+    assert stage.tokens * stage.samples == pytest.approx(fit["tokens"], rel=0.1)
+    assert stage.train_flops == pytest.approx(fit["flops"], rel=0.1)
