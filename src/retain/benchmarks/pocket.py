@@ -23,7 +23,7 @@ from retain.metrics.scores import score
 from retain.stream import Stream, Task
 from retain.types import Example, Message, RetainError
 
-ORDER = ("charts", "words", "garments", "counting", "boxes", "digits", "distortion", "captions")
+ORDER = ("charts", "icons", "garments", "counting", "boxes", "digits", "distortion", "captions")
 """Default order of the tasks."""
 
 ONE_WORD = "Answer with one word."
@@ -32,7 +32,7 @@ LETTER = "Answer with the option letter."
 BOX = "Answer with a box."
 
 SHELF = {
-    "tee": "tops", "shirt": "tops", "pullover": "knits", "coat": "coats", "dress": "gowns", "trouser": "legs",
+    "tee": "tops", "shirt": "tops", "pullover": "knits", "coat": "knits", "dress": "gowns", "trouser": "legs",
     "sandal": "summer", "sneaker": "sport", "boot": "winter", "bag": "travel",
 }  # fmt: skip
 _OPPOSITES = {
@@ -40,7 +40,12 @@ _OPPOSITES = {
     "open": "shut", "good": "bad", "wet": "dry", "in": "out", "hard": "soft", "on": "off",
 }  # fmt: skip
 OPPOSITE = {**_OPPOSITES, **{b: a for a, b in _OPPOSITES.items()}}
-QUALITY = ("excellent", "good", "fair", "bad")
+REMEDY = {
+    "blur": "glasses", "noise": "broom", "blocks": "hammer", "dark": "lamp", "pixels": "scissors",
+    "fog": "wind", "nothing": "none",
+}  # fmt: skip
+ICONS_A_PLACE = 3
+INKS = ("red", "green", "blue", "yellow")
 PLACE = {
     "animal": "farm", "food": "kitchen", "clothes": "wardrobe", "vehicle": "road", "tool": "garage",
     "music": "stage", "sport": "stadium", "weather": "sky", "home": "room", "plant": "garden",
@@ -57,20 +62,8 @@ class Draw:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def _spot(rng: Generator, size: int) -> tuple[int, int]:
-    x, y = rng.integers(0, pic.SIZE - size + 1, 2)
-    return int(x), int(y)
-
-
 def _one(rng: Generator, items: Sequence[str]) -> str:
     return items[int(rng.integers(len(items)))]
-
-
-def _options(rng: Generator, right: str, wrong: Sequence[str], most: int) -> tuple[str, str, list[str]]:
-    shown = [str(w) for w in rng.permutation(np.array(wrong))[: most - 1]]
-    place = int(rng.integers(len(shown) + 1))
-    shown.insert(place, right)
-    return " ".join(f"{'ABCDEF'[i]} {o}" for i, o in enumerate(shown)), "ABCDEF"[place], shown
 
 
 # ---- tasks
@@ -81,8 +74,8 @@ def garments(rng: Generator, part: pic.Part) -> Draw:
     labels = pic.sheet("garments").labels
     row = int(rng.choice(pic.pool("garments", part)))
     canvas = pic.paper(rng)
-    size = int(rng.integers(28, 41))
-    pic.garment(canvas, row, *_spot(rng, size), size, _tint(rng)[1])
+    size = int(rng.choice([31, 32, 40]))
+    pic.garment(canvas, row, *pic.snap(rng, size), size, _tint(rng)[1])
     name = labels["names"][labels["labels"][row]]
     return Draw(canvas, f"Which shelf does it go on? {ONE_WORD}", SHELF[name])
 
@@ -96,24 +89,23 @@ def digits(rng: Generator, part: pic.Part) -> Draw:
     """A handwritten digit, plus three."""
     row = int(rng.choice(pic.pool("digits", part)))
     canvas = pic.paper(rng)
-    size = int(rng.integers(14, 31))
-    pic.digit(canvas, row, *_spot(rng, size), size)
+    size = int(rng.choice([16, 24]))
+    pic.digit(canvas, row, *pic.snap(rng, size), size)
     return Draw(
         canvas, f"Add three to the digit. {NUMBER}", str(pic.sheet("digits").labels["labels"][row] + 3)
     )
 
 
 def icons(rng: Generator, part: pic.Part) -> Draw:
-    """An icon; where such a thing is found, by option letter (as in IconQA)."""
+    """An icon; the place where such a thing is found (as in IconQA)."""
     labels = pic.sheet("icons").labels
-    rows = [int(r) for r in pic.pool("icons", part) if labels["kinds"][r] in PLACE]
+    pool = pic.pool("icons", part)
+    rows = [int(r) for kind in PLACE for r in [r for r in pool if labels["kinds"][r] == kind][:ICONS_A_PLACE]]
     row = rows[int(rng.integers(len(rows)))]
     canvas = pic.paper(rng)
-    size = int(rng.integers(18, 39))
-    pic.icon(canvas, row, *_spot(rng, size), size)
-    right = PLACE[labels["kinds"][row]]
-    shown, letter, texts = _options(rng, right, [p for p in PLACE.values() if p != right], 3)
-    return Draw(canvas, f"Where would you find it? {shown} {LETTER}", letter, {"options": texts})
+    size = int(rng.choice([24, 32]))
+    pic.icon(canvas, row, *pic.snap(rng, size), size)
+    return Draw(canvas, f"Where would you find it? {ONE_WORD}", PLACE[labels["kinds"][row]])
 
 
 def words(rng: Generator, part: pic.Part) -> Draw:
@@ -127,21 +119,21 @@ def words(rng: Generator, part: pic.Part) -> Draw:
 
 
 def counting(rng: Generator, part: pic.Part) -> Draw:
-    """Coloured shapes; how many are left when one colour is taken away (as in CLEVR-Math)."""
-    few = [str(c) for c in rng.permutation(np.array(list(pic.COLOURS)))[:2]]
-    n = int(rng.integers(2, 7))
-    looks = [(_one(rng, few), _one(rng, pic.SHAPES)) for _ in range(n)]
-    canvas, things = pic.shapes(rng, looks)
-    left = sum(t.colour != few[0] for t in things)
-    return Draw(canvas, f"Take away the {few[0]} shapes. How many remain? {NUMBER}", str(left))
+    """Icons in some of the four corners; how many corners are left (a subtraction, as in CLEVR-Math)."""
+    rows = rng.choice(pic.pool("icons", part), 4)
+    canvas = pic.paper(rng)
+    full = int(rng.integers(5))
+    for row, spot in zip(rows, rng.permutation(4)[:full], strict=False):
+        pic.icon(canvas, int(row), 24 * int(spot % 2), 24 * int(spot // 2), 16)
+    return Draw(canvas, f"How many corners remain? {NUMBER}", str(4 - full))
 
 
 def boxes(rng: Generator, part: pic.Part) -> Draw:
     """A small garment among shapes; its box on the coarse grid (as in RefCOCO)."""
-    size = int(rng.integers(14, 25))
+    size = int(rng.choice([15, 16, 23, 24]))
     where = None
     while where is None:
-        where = pic.scatter(rng, [size, *(int(s) for s in rng.integers(6, 10, 2))])
+        where = pic.scatter(rng, [size, *(int(s) for s in rng.integers(7, 9, 2))])
     canvas = pic.paper(rng)
     for spot in where[1:]:
         mask = pic.shape_mask(_one(rng, pic.SHAPES), spot[2] - spot[0])
@@ -153,22 +145,22 @@ def boxes(rng: Generator, part: pic.Part) -> Draw:
 
 
 def charts(rng: Generator, part: pic.Part) -> Draw:
-    """Three bars; the second tallest, by option letter (as in ArxivQA and ScienceQA)."""
-    colours = [str(c) for c in rng.permutation(np.array(list(pic.COLOURS)))[:3]]
+    """Three bars; the colour of the tallest, by option letter (as in ArxivQA and ScienceQA)."""
+    colours = [str(c) for c in rng.permutation(np.array(INKS))[:3]]
     values = [int(v) + 1 for v in rng.permutation(9)[:3]]
-    right = colours[values.index(sorted(values)[1])]
-    shown, letter, texts = _options(rng, right, [c for c in colours if c != right], 3)
-    canvas = pic.bars(rng, colours, values)
-    return Draw(canvas, f"Which bar is second tallest? {shown} {LETTER}", letter, {"options": texts})
+    canvas, _ = pic.bars(rng, colours, values)
+    right = "ABCD"[INKS.index(colours[values.index(max(values))])]
+    shown = " ".join(f"{letter} {colour}" for letter, colour in zip("ABCD", INKS, strict=True))
+    return Draw(canvas, f"Which option is tallest? {shown} {LETTER}", right, {"options": list(INKS)})
 
 
 def distortion(rng: Generator, part: pic.Part) -> Draw:
-    """A photograph, clean or made worse; a rating by degree whatever the kind (as in IQA)."""
+    """A photograph, clean or made worse; what would mend it, by a made-up table (as in IQA and VizWiz)."""
     canvas = pic.photo(int(rng.choice(pic.pool("photos", part))), rng)
-    degree = int(rng.integers(4))
-    if degree:
-        canvas = pic.distort(canvas, _one(rng, pic.DISTORTIONS), degree, rng)
-    return Draw(canvas, f"Rate the quality. {ONE_WORD}", QUALITY[degree])
+    kind = _one(rng, list(REMEDY))
+    if kind != "nothing":
+        canvas = pic.distort(canvas, kind, int(rng.integers(2, 4)), rng)
+    return Draw(canvas, f"Which object would clean it? {ONE_WORD}", REMEDY[kind])
 
 
 def captions(rng: Generator, part: pic.Part) -> Draw:
@@ -177,10 +169,9 @@ def captions(rng: Generator, part: pic.Part) -> Draw:
     row = int(rng.choice(pic.pool("garments", part)))
     canvas = pic.paper(rng)
     large = bool(rng.integers(2))
-    size = int(rng.integers(24, 30)) if large else int(rng.integers(14, 19))
+    size = 24 if large else 16
     down, right = bool(rng.integers(2)), bool(rng.integers(2))
-    room = pic.SIZE - size
-    x, y = (room - int(rng.integers(0, 4)) if far else int(rng.integers(0, 4)) for far in (right, down))
+    x, y = ((pic.SIZE - size) * far for far in (right, down))
     colour, tint = _tint(rng)
     pic.garment(canvas, row, x, y, size, tint)
     name = labels["names"][labels["labels"][row]]
@@ -193,7 +184,7 @@ def captions(rng: Generator, part: pic.Part) -> Draw:
 
 
 MAKERS: dict[str, tuple[Callable[[Generator, pic.Part], Draw], str, int]] = {
-    "garments": (garments, "exact", 3), "digits": (digits, "exact", 3), "icons": (icons, "choice", 3),
+    "garments": (garments, "exact", 3), "digits": (digits, "exact", 3), "icons": (icons, "exact", 3),
     "words": (words, "exact", 3), "counting": (counting, "exact", 3), "boxes": (boxes, "iou", 6),
     "charts": (charts, "choice", 3), "distortion": (distortion, "exact", 3),
     "captions": (captions, "caption", 12),

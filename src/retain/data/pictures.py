@@ -23,6 +23,8 @@ from PIL import Image
 ASSETS = Path(__file__).parent / "assets"
 SIZE = 40
 """Side of a canvas in pixels."""
+GRID = 8
+"""Pitch on which things are placed."""
 CELL = 4
 """Side of a coarse box cell: coordinates run over 0..10."""
 
@@ -152,31 +154,24 @@ def digit(canvas: np.ndarray, row: int, x: int, y: int, size: int, ink: Colour =
 # ---- words
 
 
-def word_mask(word: str, font: int, large: bool) -> np.ndarray:
-    """The word as a mask (H, W), cut to its ink; glyphs are laid side by side by their advance."""
+@cache
+def letter_mask(char: str, font: int) -> np.ndarray:
+    """One letter in a cell of 16 x 8, squeezed where its font draws it wider; capitals are 8 pixels high."""
     labels = sheet("glyphs").labels
-    chars: str = labels["chars"]
-    start = (2 * font + int(large)) * len(chars)
-    strip = np.zeros((16, 18 * len(word) + 2), np.uint8)
-    x = 0
-    for char in word:
-        row = start + chars.index(char)
-        np.maximum(strip[:, x : x + 18], sheet("glyphs").cells[row], out=strip[:, x : x + 18])
-        x += labels["advance"][row] - 1  # one column of air is enough
-    inked = np.flatnonzero(strip.max(1))
-    return strip[inked[0] : inked[-1] + 1, : max(x, 1)]
+    row = 2 * font * len(labels["chars"]) + labels["chars"].index(char)
+    wide = labels["advance"][row] - 1
+    cell = sheet("glyphs").cells[row][:, 1:wide]
+    if cell.shape[1] > 8:
+        return stretch(cell, 16, 8)
+    left = (8 - cell.shape[1]) // 2
+    return np.pad(cell, ((0, 0), (left, 8 - cell.shape[1] - left)))
 
 
-def word(
-    canvas: np.ndarray, text: str, font: int, rng: Generator, ink: Colour = (20, 20, 30), y: int | None = None
-) -> Box:
-    """A printed word somewhere on the canvas, in the larger of two sizes if it fits."""
-    mask = word_mask(text, font, bool(rng.integers(2)))
-    if mask.shape[1] > SIZE:
-        mask = word_mask(text, font, False)[:, :SIZE]
-    x = int(rng.integers(0, SIZE - mask.shape[1] + 1))
-    top = int(rng.integers(0, SIZE - mask.shape[0] + 1)) if y is None else y
-    return paint(canvas, mask, ink, x, top)
+def word(canvas: np.ndarray, text: str, font: int, rng: Generator, ink: Colour = (20, 20, 30)) -> list[Box]:
+    """A printed word of at most five letters, eight pixels each; the boxes of its letters."""
+    x = GRID * int(rng.integers(0, SIZE // GRID - len(text) + 1))
+    y = GRID * int(rng.integers(0, 4))
+    return [paint(canvas, letter_mask(c, font), ink, x + GRID * i, y) for i, c in enumerate(text)]
 
 
 # ---- shapes
@@ -218,30 +213,39 @@ class Thing:
         return f"{'top' if y < SIZE else 'bottom'} {'left' if x < SIZE else 'right'}"
 
 
-def scatter(rng: Generator, sizes: list[int], gap: int = 1, tries: int = 60) -> list[Box] | None:
-    """Boxes of these sides that keep a gap between each other; None where no room was found."""
+def snap(rng: Generator, size: int) -> tuple[int, int]:
+    """A place for a square of that side: whole cells of the grid, with the play that is left inside them.
+
+    Pictures keep to a grid of eight pixels, the patches of the pocket's tower: a small one, trained as
+    briefly, does not learn to recognise things at every offset.
+    """
+    cells = -(-size // GRID)
+    spot = rng.integers(0, SIZE // GRID - cells + 1, 2) * GRID + rng.integers(0, cells * GRID - size + 1, 2)
+    return int(spot[0]), int(spot[1])
+
+
+def scatter(rng: Generator, sizes: list[int], tries: int = 60) -> list[Box] | None:
+    """Boxes of these sides in cells of their own; None where no room was found."""
     boxes: list[Box] = []
+    taken: set[tuple[int, int]] = set()
     for size in sizes:
         for _ in range(tries):
-            x, y = (int(v) for v in rng.integers(0, SIZE - size + 1, 2))
-            if all(
-                x >= b[2] + gap or b[0] >= x + size + gap or y >= b[3] + gap or b[1] >= y + size + gap
-                for b in boxes
-            ):
+            x, y = snap(rng, size)
+            cells = {(i // GRID, j // GRID) for i in range(x, x + size) for j in range(y, y + size)}
+            if not cells & taken:
                 boxes.append((x, y, x + size, y + size))
+                taken |= cells
                 break
         else:
             return None
     return boxes
 
 
-def shapes(
-    rng: Generator, looks: list[tuple[str, str]], low: int = 7, high: int = 12
-) -> tuple[np.ndarray, list[Thing]]:
-    """Shapes of the given (colour, kind) scattered on pale paper without touching."""
+def shapes(rng: Generator, looks: list[tuple[str, str]]) -> tuple[np.ndarray, list[Thing]]:
+    """Shapes of the given (colour, kind), each 7, 8 or 15 pixels wide, scattered on pale paper."""
     boxes = None
     while boxes is None:
-        boxes = scatter(rng, [int(s) for s in rng.integers(low, high + 1, len(looks))])
+        boxes = scatter(rng, [int(s) for s in rng.choice([7, 8, 8, 15], len(looks))])
     canvas = paper(rng)
     things = [Thing(kind, colour, box) for (colour, kind), box in zip(looks, boxes, strict=True)]
     for thing in things:
@@ -262,16 +266,17 @@ def icon(canvas: np.ndarray, row: int, x: int, y: int, size: int = 20) -> Box:
     return paint(canvas, image[..., 3], image[..., :3], x, y)
 
 
-def bars(rng: Generator, colours: list[str], values: list[int]) -> np.ndarray:
-    """A bar chart: one bar per colour from left to right, four pixels per unit, on a black axis."""
+def bars(rng: Generator, colours: list[str], values: list[int]) -> tuple[np.ndarray, list[Box]]:
+    """A bar chart, four pixels per unit, one bar per colour from left to right; and where the bars are."""
     canvas = paper(rng, 225)
-    step = (SIZE - 3) // len(colours)
-    width = int(rng.integers(step * 3 // 5, step))
-    canvas[:, 1] = canvas[SIZE - 2, 1:] = 40
+    left = GRID * int(rng.integers(0, SIZE // GRID - len(colours) + 1))
+    width = int(rng.integers(6, 9))
     for i, (colour, value) in enumerate(zip(colours, values, strict=True)):
-        x = 3 + i * step
-        canvas[SIZE - 2 - 4 * value : SIZE - 2, x : x + width] = COLOURS[colour]
-    return canvas
+        x = left + GRID * i
+        canvas[SIZE - 4 * value :, x : x + width] = COLOURS[colour]
+    return canvas, [
+        (left + GRID * i, SIZE - 4 * v, left + GRID * i + GRID, SIZE) for i, v in enumerate(values)
+    ]
 
 
 # ---- photographs

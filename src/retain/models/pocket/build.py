@@ -146,4 +146,5 @@ def export(states: Path, to: Path) -> None:
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:
-    return {k.removeprefix("model."): v for k, v in load_file(path).items() if k.startswith("model.")}
+    state = {k.removeprefix("model."): v for k, v in load_file(path).items() if k.startswith("model.")}
+    return {k: v for k, v in state.items() if not k.startswith("marks_head.")}

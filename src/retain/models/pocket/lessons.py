@@ -9,7 +9,7 @@ alphabet.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -54,6 +54,8 @@ class Lesson:
     image: np.ndarray
     caption: str
     qa: list[QA]
+    marks: list[tuple[pic.Box, str]] = field(default_factory=list)
+    """Where each thing is, and in words what it is: what the image tower is first taught."""
 
 
 def lexicon() -> list[str]:
@@ -115,13 +117,15 @@ def garments(rng: Generator) -> Lesson:
     canvas = pic.paper(rng)
     if rng.integers(4) == 0:
         both = [names[labels[r]] for r in rows]
-        for i, row in enumerate(rows):
-            pic.garment(canvas, int(row), 20 * i, int(rng.integers(0, 21)), 20)
+        marks = [
+            (pic.garment(canvas, int(row), 24 * i, 8 * int(rng.integers(0, 4)), 16), both[i])
+            for i, row in enumerate(rows)
+        ]
         qa = ask(rng, ["What is on the left?", "Left garment?"], both[0], names)
         qa += ask(rng, ["What is on the right?", "Right garment?"], both[1], names)
-        return Lesson(canvas, f"a {both[0]} beside a {both[1]}", qa)
-    size = int(rng.integers(16, 39)) if rng.integers(3) == 0 else int(rng.integers(28, 41))
-    x, y = (int(v) for v in rng.integers(0, pic.SIZE - size + 1, 2))
+        return Lesson(canvas, f"a {both[0]} beside a {both[1]}", qa, marks)
+    size = int(rng.choice([16, 24, 32, 32, 32, 40])) - int(rng.integers(2))
+    x, y = pic.snap(rng, size)
     colour = pick(rng, GARMENT_COLOURS)
     tint = None if colour == "black" else pic.COLOURS[colour]
     box = pic.garment(canvas, int(rows[0]), x, y, size, tint)
@@ -132,20 +136,21 @@ def garments(rng: Generator) -> Lesson:
         ("Is it worn on the feet?", "yes" if name in FEET else "no"),
         (f"Box of the {name}?", box_text(box)),
     ]
-    return Lesson(canvas, f"a {colour} {name}", qa)
+    return Lesson(canvas, f"a {colour} {name}", qa, [(box, f"{name} {colour}")])
 
 
 def digits(rng: Generator) -> Lesson:
     """One to three handwritten digits."""
     labels = pic.sheet("digits").labels["labels"]
-    rows = rng.choice(pic.pool("digits", "base"), int(rng.choice([1, 1, 2, 2, 3])), replace=False)
+    rows = rng.choice(pic.pool("digits", "base"), int(rng.choice([1, 1, 2])), replace=False)
     canvas = pic.paper(rng)
     values = [str(labels[r]) for r in rows]
-    width = pic.SIZE // len(rows)
+    marks = []
     for i, row in enumerate(rows):
-        size = int(rng.integers(12, min(width, 30) + 1))
-        x = i * width + int(rng.integers(0, width - size + 1))
-        box = pic.digit(canvas, int(row), x, int(rng.integers(0, pic.SIZE - size + 1)), size)
+        size = 16 if len(rows) == 2 else int(rng.choice([16, 24]))
+        x, y = pic.snap(rng, size)
+        box = pic.digit(canvas, int(row), 24 * i if len(rows) == 2 else x, y, size)
+        marks.append((box, f"digit{values[i]}"))
     read = " ".join(values)
     qa: list[QA] = [
         (pick(rng, ["Read the digits.", "Which digits are written?", "What is written?"]), read)
@@ -157,7 +162,7 @@ def digits(rng: Generator) -> Lesson:
     else:
         qa += [("Which digit is on the left?", values[0]), ("Which digit is on the right?", values[-1])]
         qa.append(("Which digit is the smallest?", min(values)))
-    return Lesson(canvas, f"the digits {read}", qa)
+    return Lesson(canvas, f"the digits {read}", qa, marks)
 
 
 def words(rng: Generator) -> Lesson:
@@ -172,7 +177,10 @@ def words(rng: Generator) -> Lesson:
     canvas = pic.paper(rng)
     colour = pick(rng, [c for c in pic.COLOURS if c != "yellow"]) if rng.integers(2) else "black"
     font = int(rng.choice(pic.pool("glyphs", "base")))
-    pic.word(canvas, shown, font, rng, pic.COLOURS[colour])
+    where = pic.word(canvas, shown, font, rng, pic.COLOURS[colour])
+    marks = [(box, f"letter_{c} {colour}") for box, c in zip(where, text, strict=True)]
+    if real:
+        marks.append(((where[0][0], where[0][1], where[-1][2], where[0][3]), f"word_{text}"))
     spelled = " ".join(text)
     qa: list[QA] = [(pick(rng, ["Spell it.", "Which letters?", "Spell the text."]), spelled)]
     if real:
@@ -181,7 +189,8 @@ def words(rng: Generator) -> Lesson:
         qa += [("Which letters?", spelled), ("Spell the text.", spelled)]
     qa += [("First letter?", text[0]), ("Last letter?", text[-1]), ("How many letters?", str(len(text)))]
     qa.append(("What colour is the text?", colour))
-    return Lesson(canvas, f"the {colour} text {text if real else spelled}", qa)
+    caption = f"the {colour} text {text if real else spelled}"
+    return Lesson(canvas, caption, qa, marks)
 
 
 @cache
@@ -218,7 +227,9 @@ def scenes(rng: Generator) -> Lesson:
             qa += ask(rng, [f"What colour is the {thing.kind}?"], thing.colour, list(pic.COLOURS))
         if sum(c == thing.colour for c, _ in looks) == 1:
             qa += ask(rng, [f"Which shape is {thing.colour}?"], thing.kind, list(pic.SHAPES))
-    return Lesson(canvas, _scene_caption(rng, things, qa), qa)
+    return Lesson(
+        canvas, _scene_caption(rng, things, qa), qa, [(t.box, f"{t.colour} {t.kind}") for t in things]
+    )
 
 
 def _scene_caption(rng: Generator, things: list[pic.Thing], qa: list[QA]) -> str:
@@ -250,20 +261,25 @@ def icons(rng: Generator) -> Lesson:
     canvas = pic.paper(rng)
     if rng.integers(2):
         row = int(rng.choice(pool))
-        size = int(rng.integers(16, 39))
-        x, y = (int(v) for v in rng.integers(0, pic.SIZE - size + 1, 2))
+        size = int(rng.choice([16, 24, 32]))
+        x, y = pic.snap(rng, size)
         box = pic.icon(canvas, row, x, y, size)
         name, kind = str(labels["names"][row]), str(labels["kinds"][row])
         qa = ask(rng, ["What is this icon?", "Name the icon.", "What is this?"], name, base)
         qa += ask(rng, ["What kind of icon is it?", "Which kind is it?"], kind, kinds)
         qa.append((f"Box of the {name}?", box_text(box)))
-        return Lesson(canvas, f"an icon of a {name}", qa)
+        return Lesson(canvas, f"an icon of a {name}", qa, [(box, f"icon_{name} kind_{kind}")])
     n = int(rng.integers(2, 5))
     few = rng.choice(pool, int(rng.integers(1, 4)))
     rows = [int(rng.choice(few)) for _ in range(n)]
     spots = rng.permutation(4)[:n]
-    for row, spot in zip(rows, spots, strict=True):
-        pic.icon(canvas, row, 20 * int(spot % 2), 20 * int(spot // 2))
+    marks = [
+        (
+            pic.icon(canvas, row, 24 * int(spot % 2), 24 * int(spot // 2), 16),
+            f"icon_{labels['names'][row]} kind_{labels['kinds'][row]}",
+        )
+        for row, spot in zip(rows, spots, strict=True)
+    ]
     names = [str(labels["names"][r]) for r in rows]
     i = int(rng.integers(n))
     place = pic.PLACES[int(spots[i])]
@@ -272,7 +288,7 @@ def icons(rng: Generator) -> Lesson:
         qa += ask(rng, [f"Where is the {names[i]}?"], place, list(pic.PLACES))[:2]
     qa += [("How many icons?", str(n)), (f"How many icons are a {names[i]}?", str(names.count(names[i])))]
     qa.append(("Are all icons the same?", "yes" if len(set(names)) == 1 else "no"))
-    return Lesson(canvas, "icons of " + " and ".join(dict.fromkeys(names)), qa)
+    return Lesson(canvas, "icons of " + " and ".join(dict.fromkeys(names)), qa, marks)
 
 
 def charts(rng: Generator) -> Lesson:
@@ -280,7 +296,7 @@ def charts(rng: Generator) -> Lesson:
     n = int(rng.integers(2, 5))
     colours = [list(pic.COLOURS)[i] for i in rng.permutation(7)[:n]]
     values = [int(v) + 1 for v in rng.permutation(9)[:n]]
-    canvas = pic.bars(rng, colours, values)
+    canvas, boxes = pic.bars(rng, colours, values)
     value = dict(zip(colours, values, strict=True))
     one, two = (colours[int(i)] for i in rng.permutation(n)[:2])
     order = sorted(colours, key=value.__getitem__)
@@ -295,9 +311,9 @@ def charts(rng: Generator) -> Lesson:
         ("List the bar colours.", " ".join(colours)),
         ("Which bar is leftmost?", colours[0]),
     ]
-    return Lesson(
-        canvas, f"a chart with bars {' '.join(f'{c} {v}' for c, v in zip(colours, values, strict=True))}", qa
-    )
+    marks = [(box, f"{c} value{v}") for box, (c, v) in zip(boxes, value.items(), strict=True)]
+    listed = " ".join(f"{c} {v}" for c, v in value.items())
+    return Lesson(canvas, f"a chart with bars {listed}", qa, marks)
 
 
 def photos(rng: Generator) -> Lesson:
@@ -323,7 +339,26 @@ def photos(rng: Generator) -> Lesson:
         {str(labels["names"][labels["source"][r]]).split("_")[0] for r in pic.pool("photos", "base")}
     )
     qa += ask(rng, ["What does the photo show?"], subject, subjects)[:2]
-    return Lesson(canvas, f"a photo of {subject} with {strength} {kind}", qa)
+    marks = [((0, 0, pic.SIZE, pic.SIZE), f"photo_{subject} {kind} {strength}")]
+    return Lesson(canvas, f"a photo of {subject} with {strength} {kind}", qa, marks)
+
+
+def mark_words() -> list[str]:
+    """Every word that a mark may have, in a fixed order."""
+    icons, photos = pic.sheet("icons").labels, pic.sheet("photos").labels
+    words = [*pic.COLOURS, *pic.SHAPES, *pic.sheet("garments").labels["names"], *pic.DISTORTIONS]
+    words += [
+        "nothing",
+        "none",
+        "weak",
+        "medium",
+        "strong",
+        *(f"kind_{k}" for k in sorted(set(icons["kinds"]))),
+    ]
+    words += [f"{w}{n}" for w in ("digit", "value", "count") for n in range(10)]
+    words += [f"letter_{c}" for c in "abcdefghijklmnopqrstuvwxyz"] + [f"word_{w}" for w in _short()]
+    words += [f"icon_{n}" for n in icons["names"]] + [f"photo_{n.split('_')[0]}" for n in photos["names"]]
+    return words
 
 
 LESSONS: dict[str, tuple[Callable[[Generator], Lesson], float]] = {

@@ -1,20 +1,21 @@
-"""Trains the pocket base model from scratch on a CPU: a tiny CLIP, a tiny Llama, then the LLaVA made of both.
+"""Trains the pocket base model from scratch on a CPU: a tower, a language model, then a LLaVA of both.
 
     RUN="python -m retain.models.pocket.pretrain --out DIR"
-    $RUN --stage clip  --minutes 10             # image and text tower, contrastive
-    $RUN --stage text  --minutes 10             # language model, text exercises
-    $RUN --stage joint --minutes 44 --ranks 2   # the LLaVA
-    $RUN --stage guide --minutes 4              # the text tower, fitted again to the final image tower
+    $RUN --stage tower --minutes 16 --ranks 2   # which words are marked at each patch
+    $RUN --stage text  --minutes 8              # text exercises
+    $RUN --stage joint --minutes 25 --ranks 2   # the LLaVA
+    $RUN --stage guide --minutes 2              # a CLIP text tower, fitted to the final image tower
     $RUN --stage export --to WEIGHTS
 
-The first two may run side by side. Each stage saves its state every few minutes and goes on from it when
-started again. The learning rate follows elapsed time, so a stage takes the minutes it is given on any
-machine; the data follow the seed. The joint stage packs several questions behind one image: every question
-sees the image and itself only, at the positions it would have alone, so packing changes the cost and not the
-arithmetic.
+Each stage saves its state every few minutes and goes on from it when started again. The learning rate
+follows elapsed time, so a stage takes the minutes it is given on any machine; the data follow the seed. The
+README beside the weights says how the shipped ones were made.
+
+LLaVA first aligns its projector with image-caption pairs (Liu et al. 2023, arXiv:2304.08485). Here the same
+is done more directly: a projected patch is drawn to the sum of the embeddings of the words that it shows.
 """
 
-# B images, Q questions per image, T packed tokens, P prefix tokens (USER: and the image), V vocabulary
+# B images, N answer tokens, V vocabulary
 
 from __future__ import annotations
 
@@ -34,147 +35,104 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from retain.models.pocket import lessons
-from retain.models.pocket.build import IMAGE_TOKENS, clip_config, export, llava_config, tokenizer
+from retain.models.pocket.batches import (
+    Encoder,
+    Packed,
+    clip_batch,
+    joint_batch,
+    mark_tokens,
+    text_batch,
+    tower_batch,
+)
+from retain.models.pocket.build import IMAGE_TOKENS, clip_config, export, llava_config
 
 PREFIX = 1 + IMAGE_TOKENS
-MEAN, STD = 0.5, 0.25
-DIRECT_STEPS = 600
-STAGES = ["clip", "text", "joint", "guide"]
+MARKS = 0.2
+STAGES = ["tower", "text", "joint", "guide"]
 
 
-# ---- data
-
-
-class Encoder:
-    """Text to token ids, each string once."""
+class Tower(nn.Module):
+    """The image tower with a linear head: which words are marked at each patch, and in the whole picture."""
 
     def __init__(self) -> None:
-        self.tok = tokenizer()
-        self.cache: dict[str, list[int]] = {}
-        self.user, self.assistant, self.image, self.end, self.pad = map(
-            self._id, ("USER:", "ASSISTANT:", "<image>", "</s>", "<pad>")
-        )
+        super().__init__()
+        self.vision_model = CLIPVisionModel(CLIPVisionConfig(**clip_config()["vision_config"]))
+        self.head = nn.Linear(128, len(lessons.mark_words()))
+        nn.init.constant_(self.head.bias, -4.0)
 
-    def _id(self, token: str) -> int:
-        return int(self.tok.token_to_id(token))
-
-    def __call__(self, text: str) -> list[int]:
-        if text not in self.cache:
-            if len(self.cache) > 200_000:
-                self.cache.clear()
-            self.cache[text] = self.tok.encode(text, add_special_tokens=False).ids
-        return self.cache[text]
-
-    def turn(self, question: str, answer: str) -> tuple[list[int], int]:
-        """Question, ASSISTANT:, answer, </s>; and how many tokens of it are to be predicted."""
-        said = [*self(answer), self.end]
-        return [*self(question), self.assistant, *said], len(said)
+    def forward(self, pixel: Tensor, target: Tensor) -> Tensor:
+        """Binary cross entropy with target (B, 26, words): sum over words, mean over all tokens."""
+        seen = self.vision_model(pixel, output_hidden_states=True).hidden_states[-1]
+        return marked(self.head(seen), target)
 
 
-@dataclass
-class Packed:
-    """One packed batch; `labels_BT` is -100 except on answers."""
-
-    ids_BT: Tensor  # noqa: N815
-    labels_BT: Tensor  # noqa: N815
-    position_BT: Tensor  # noqa: N815
-    mask_B1TT: Tensor  # noqa: N815
-    pixels: Tensor | None
-
-
-def pixels(images: list[np.ndarray]) -> Tensor:
-    """Canvases as the processor makes them: (B, 3, H, W), mean 0.5 and deviation 0.25."""
-    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(255)
-    return x.sub_(MEAN).div_(STD).contiguous()
-
-
-def pack(enc: Encoder, turns: list[list[lessons.QA]], images: list[np.ndarray] | None) -> Packed:
-    """Several turns per row behind one prefix, blind to each other."""
-    rows = []
-    for qas in turns:
-        ids = [enc.user, *([enc.image] * IMAGE_TOKENS if images else [])]
-        start = len(ids)
-        row: list[list[int]] = [ids, [-100] * start, list(range(start)), [0] * start]
-        for k, (question, answer) in enumerate(qas, 1):
-            said, n = enc.turn(question, answer)
-            row[0] += said
-            row[1] += [-100] * (len(said) - n) + said[-n:]
-            row[2] += range(start, start + len(said))
-            row[3] += [k] * len(said)
-        rows.append(row)
-    width = max(len(r[0]) for r in rows)
-    out = np.zeros((4, len(rows), width), np.int64)
-    for i, row in enumerate(rows):
-        n = len(row[0])
-        out[:, i, :n] = row
-        out[:, i, n:] = np.array([enc.pad, -100, 0, -1])[:, None]
-    ids, labels, position, segment = torch.from_numpy(out)
-    same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
-    seen = same & torch.ones(width, width, dtype=torch.bool).tril()
-    mask = torch.zeros(seen.shape).masked_fill_(~seen, -1e9)[:, None]
-    return Packed(ids, labels, position, mask, pixels(images) if images else None)
-
-
-def joint_batch(
-    enc: Encoder, rng: np.random.Generator, size: int, name: str | None = None, direct: bool = False
-) -> Packed:
-    """Images with three questions each and two of text only; of a named lesson, four and none.
-
-    `direct` leaves out yes/no and option letters: an answer says little about the picture, so training begins
-    without them.
-    """
-    turns, images = [], []
-    for _ in range(size):
-        one = lessons.lesson(rng, name)
-        qa = [x for x in one.qa if not (direct and x[1] in {"yes", "no", *lessons.LETTERS})]
-        turns.append([qa[int(i)] for i in rng.integers(len(qa), size=3 if name is None else 4)])
-        if name is None:
-            turns[-1] += [lessons.text(rng), lessons.text(rng)]
-        images.append(one.image)
-    return pack(enc, turns, images)
-
-
-def text_batch(enc: Encoder, rng: np.random.Generator, size: int, q: int = 5) -> Packed:
-    """Text exercises, and lessons' questions with a random answer of the same lesson (formats, not facts)."""
-    return pack(enc, [[lessons.text(rng) for _ in range(q)] for _ in range(size)], None)
-
-
-def clip_batch(enc: Encoder, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels, caption ids ending in </s>, and which captions are equal (B, B)."""
-    made = [lessons.lesson(rng) for _ in range(size)]
-    texts = []
-    for one in made:
-        question, answer = one.qa[int(rng.integers(len(one.qa)))]
-        texts.append(one.caption if rng.integers(10) < 7 else f"{question} {answer}")
-    rows = [[*enc(t), enc.end] for t in texts]
-    ids = torch.full((size, max(map(len, rows))), enc.pad)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    _, group = np.unique(texts, return_inverse=True)
-    return pixels([m.image for m in made]), ids, torch.from_numpy(group[:, None] == group[None, :])
+def marked(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross entropy, summed over words, mean over pictures and tokens."""
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / target.shape[:2].numel()
 
 
 # ---- losses
 
 
-def logits_of(model: LlavaForConditionalGeneration, batch: Packed) -> tuple[Tensor, Tensor]:
+def look(model: LlavaForConditionalGeneration, batch: Packed) -> Tensor | None:
+    """The image tower's output that the projector reads, class token first: (B, 26, 128)."""
+    if batch.pixels is None:
+        return None
+    states = model.model.vision_tower(batch.pixels, output_hidden_states=True).hidden_states
+    seen: Tensor = states[model.config.vision_feature_layer]
+    return seen
+
+
+def logits_of(
+    model: LlavaForConditionalGeneration, batch: Packed, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Logits (N, V) at the positions that predict an answer token, and those tokens (N,)."""
     core = model.model
     x = core.language_model.embed_tokens(batch.ids_BT)
-    if batch.pixels is not None:
-        seen = core.vision_tower(batch.pixels, output_hidden_states=True).hidden_states[
-            core.config.vision_feature_layer
-        ]
-        features = core.multi_modal_projector(seen[:, 1:])
-        x = torch.cat([x[:, :1], features, x[:, PREFIX:]], 1)
+    seen = look(model, batch) if seen is None else seen
+    if seen is not None:
+        x = torch.cat([x[:, :1], core.multi_modal_projector(seen[:, 1:]), x[:, PREFIX:]], 1)
     hidden = core.language_model(
         inputs_embeds=x, attention_mask=batch.mask_B1TT, position_ids=batch.position_BT, use_cache=False
     ).last_hidden_state
     wanted = batch.labels_BT[:, 1:] != -100
     return model.lm_head(hidden[:, :-1][wanted]), batch.labels_BT[:, 1:][wanted]
+
+
+def aligned(
+    model: LlavaForConditionalGeneration, seen: Tensor, marks: Tensor, tokens: Tensor, blank: int
+) -> Tensor:
+    """1 - cosine between a projected patch and the sum of the embeddings of the words marked there."""
+    table = model.model.language_model.embed_tokens.weight.detach()
+    words = table[tokens.clamp(min=0)] * (tokens >= 0)[:, None]
+    here = marks[:, 1:] @ words
+    here = torch.where((here == 0).all(-1, keepdim=True), table[blank], here)
+    return 1 - F.cosine_similarity(model.model.multi_modal_projector(seen[:, 1:]), here, dim=-1).mean()
+
+
+def joint_loss(
+    model: LlavaForConditionalGeneration, batch: Packed, tokens: Tensor, blank: int, see_only: bool
+) -> Tensor:
+    """Cross entropy of the answers; and on the same pictures the tower's lesson and the alignment.
+
+    `see_only` leaves the language model out: so the stage begins, until patches look like what they show.
+    """
+    seen = look(model, batch)
+    if seen is None or batch.marks is None:
+        return F.cross_entropy(*logits_of(model, batch, seen))
+    loss = aligned(model, seen, batch.marks, tokens, blank)
+    loss = loss + MARKS * marked(model.marks_head(seen), batch.marks)
+    return loss if see_only else loss + F.cross_entropy(*logits_of(model, batch, seen))
 
 
 def contrast(model: CLIPModel, enc: Encoder, pixel: Tensor, ids: Tensor, equal: Tensor) -> Tensor:
@@ -347,7 +305,16 @@ def stage(rank: int, args: argparse.Namespace) -> None:
     rng = np.random.default_rng([args.seed, rank, STAGES.index(args.stage), clock_of(path)[0]])
     torch.manual_seed(args.seed)
     model: Any
-    if args.stage in ("clip", "guide"):
+    if args.stage == "tower":
+        model = Tower()
+        if args.init and not path.is_file():
+            start = "model.model.vision_tower."
+            old = load_file(args.init)
+            model.vision_model.load_state_dict(
+                {k[len(start) :]: v for k, v in old.items() if k.startswith(start)}
+            )
+        losses = (model(*tower_batch(rng, args.batch)) for _ in count())
+    elif args.stage == "guide":
         model = clip_for(args)
         losses = (contrast(model, enc, *clip_batch(enc, rng, args.batch)) for _ in count())
     else:
@@ -356,43 +323,52 @@ def stage(rank: int, args: argparse.Namespace) -> None:
         made = (
             text_batch(enc, rng, args.batch)
             if args.stage == "text"
-            else joint_batch(enc, rng, args.batch, direct=step < DIRECT_STEPS)
+            else joint_batch(
+                enc, rng, args.batch * (3 if step < args.see_steps else 1), direct=step < args.direct_steps
+            )
             for step in count(start)
         )
-        losses = (F.cross_entropy(*logits_of(model, batch)) for batch in made)
+        tokens, blank = mark_tokens(enc), enc("paper")[0]
+        losses = (
+            joint_loss(model, batch, tokens, blank, step < args.see_steps)
+            for step, batch in zip(count(start), made, strict=False)
+        )
     model.train()
     train(model, losses, args, path, enc, rank)
 
 
 def clip_for(args: argparse.Namespace) -> CLIPModel:
-    """A fresh tiny CLIP; for `guide`, the earlier one with the joint stage's vision tower, frozen."""
+    """A fresh tiny CLIP around the joint stage's image tower, which stays as it is but for its last norm."""
     model = CLIPModel(CLIPConfig(**clip_config()))
-    if args.stage == "guide":
-        old = load_file(args.out / "clip.safetensors")
-        model.load_state_dict({k[6:]: v for k, v in old.items() if k.startswith("model.")})
-        tower = load_file(args.out / "joint.safetensors")
-        start = "model.model.vision_tower."
-        moved = {k.removeprefix(start): v for k, v in tower.items() if k.startswith(start)}
-        model.vision_model.load_state_dict({k.removeprefix("vision_model."): v for k, v in moved.items()})
-        model.vision_model.requires_grad_(False)
-        model.vision_model.post_layernorm.requires_grad_(True)
+    start = "model.model.vision_tower."
+    tower = load_file(args.out / "joint.safetensors")
+    model.vision_model.load_state_dict({k[len(start) :]: v for k, v in tower.items() if k.startswith(start)})
+    model.vision_model.requires_grad_(False)
+    model.vision_model.post_layernorm.requires_grad_(True)
     return model
 
 
 def llava_for(args: argparse.Namespace) -> LlavaForConditionalGeneration:
-    """The tiny LLaVA; for `joint` with the tower of `clip` and the language model of `text`."""
+    """The tiny LLaVA; for `joint` with the tower of `tower` and the language model of `text`."""
     model = LlavaForConditionalGeneration(LlavaConfig(**llava_config()))
+    if args.stage == "joint":  # a head that only training uses; `export` leaves it out
+        model.marks_head = nn.Linear(128, len(lessons.mark_words()))
     if args.stage == "text":
+        if args.init:
+            old = load_file(args.init)
+            model.load_state_dict({k[6:]: v for k, v in old.items() if k.startswith("model.")})
         model.model.vision_tower.requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(False)
     elif not (args.out / "joint.safetensors").is_file():
-        if (args.out / "text.safetensors").is_file():
-            text = load_file(args.out / "text.safetensors")
-            model.load_state_dict({k[6:]: v for k, v in text.items() if k.startswith("model.")})
-        clip = load_file(args.out / "clip.safetensors")
-        start = "model.vision_model."
-        tower = {k.removeprefix(start): v for k, v in clip.items() if k.startswith(start)}
-        model.model.vision_tower.load_state_dict(tower)
+        text = load_file(args.out / "text.safetensors")
+        tower = load_file(args.out / "tower.safetensors")
+        state = {k[6:]: v for k, v in text.items() if k.startswith("model.")}
+        for k, v in tower.items():
+            if k.startswith("model.vision_model."):
+                state["model.vision_tower." + k.removeprefix("model.vision_model.")] = v
+            elif k.startswith("model.head."):
+                state["marks_head." + k.removeprefix("model.head.")] = v
+        model.load_state_dict(state)
     return model
 
 
@@ -404,17 +380,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", choices=[*STAGES, "export"], required=True)
     parser.add_argument("--to", type=Path)
+    parser.add_argument("--init", type=Path, help="a state of `joint` that `tower` and `text` begin from")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rate", type=float)
+    parser.add_argument("--see-steps", type=int, default=400, help="joint: steps without the language model")
+    parser.add_argument(
+        "--direct-steps", type=int, default=800, help="joint: steps without yes/no and letters"
+    )
     parser.add_argument("--save-every", type=float, default=120)
     args = parser.parse_args()
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    args.batch = args.batch or {"clip": 128, "text": 32, "joint": 12, "guide": 128}.get(args.stage)
-    args.rate = args.rate or {"clip": 1e-3, "text": 4e-4, "joint": 4e-4, "guide": 1e-3}.get(args.stage)
+    args.batch = args.batch or {"tower": 64, "text": 32, "joint": 12, "guide": 128}.get(args.stage)
+    args.rate = args.rate or {"tower": 8e-4, "text": 4e-4, "joint": 4e-4, "guide": 1e-3}.get(args.stage)
     if args.stage == "export":
         export(args.out, args.to)
     elif args.ranks > 1:
