@@ -41,9 +41,9 @@ def together(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
     As = [_cat([s.lora_A[n] for n in weights], 0) for s in layers]
     Bs = [_cat([s.lora_B[n] if w == 1 else s.lora_B[n] * w for n, w in weights.items()], 1) for s in layers]
     frozen = [t for s in layers for t in (s.base.weight, s.base.bias)]
-    out: tuple[Tensor, ...] = _Together.apply(
-        x, mask, dtype, first.spec.scale, len(layers), *frozen, *As, *Bs
-    )
+    tensors = (*frozen, *As, *Bs)
+    node: Any = _Together
+    out: tuple[Tensor, ...] = node.apply(x, mask, dtype, first.spec.scale, len(layers), *tensors)
     return out
 
 
@@ -76,12 +76,12 @@ class _Together(Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, mask: Tensor | None, dtype: torch.dtype, scale: float, K: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        W, b, A, B = tensors[: 2 * K : 2], tensors[1 : 2 * K : 2], tensors[2 * K : 3 * K], tensors[3 * K :]
+        b, A = tensors[1 : 2 * K : 2], tensors[2 * K : 3 * K]
         x_MD = x.reshape(-1, x.shape[-1])
         seen = x_MD.to(dtype) if mask is None else (x_MD * mask.view(x_MD.shape)).to(dtype)
         x_MD = x_MD.to(dtype)
-        W = [w.to(dtype) for w in W]
-        A_RD, B = torch.cat([a.to(dtype) for a in A]), [c.to(dtype) for c in B]
+        W, B = [w.to(dtype) for w in tensors[: 2 * K : 2]], [c.to(dtype) for c in tensors[3 * K :]]
+        A_RD = torch.cat([a.to(dtype) for a in A])
         h_MR = seen @ A_RD.t()
         out, at = [], 0
         for w, bias, c in zip(W, b, B, strict=True):

@@ -126,7 +126,7 @@ def _rows(x_BTD: Tensor, at_BN: Tensor) -> Tensor:
 
 def rms_norm(norm: Any, x: Tensor) -> Tensor:
     """`LlamaRMSNorm` with its frozen weight, as one node that keeps its input and one number per row."""
-    out: Tensor = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
+    out: Tensor = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -137,7 +137,8 @@ class _RMSNorm(Function):
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         rate = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rate)
-        return (wide * rate).to(x.dtype) * weight
+        out: Tensor = (wide * rate).to(x.dtype) * weight
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -149,7 +150,8 @@ class _RMSNorm(Function):
 
 def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021), halves as in Llama; `cos`, `sin` (B or 1, T, E)."""
-    out: Tensor = _Rotate.apply(x_BTHE, cos[:, :, None].to(x_BTHE.dtype), sin[:, :, None].to(x_BTHE.dtype))
+    cos, sin = cos[:, :, None].to(x_BTHE.dtype), sin[:, :, None].to(x_BTHE.dtype)
+    out: Tensor = _Rotate.apply(x_BTHE, cos, sin)  # type: ignore[no-untyped-call]
     return out
 
 
