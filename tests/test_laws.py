@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fake_model import FakeModel, context, stream
+from retain import continual
 from retain.adapters.lora import LoraSpec
 from retain.continual import Silent, run
 from retain.method import Method, Stack, available, build
@@ -69,6 +72,15 @@ OFF: dict[str, tuple[Any, Any]] = {
 }
 OPTIM = Optim(lr=2e-2, steps=6, batch_size=4, warmup=0.0, checkpoint_every=2, log_every=1)
 SPEC = LoraSpec(rank=2, alpha=4.0, dropout=0.1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    """The laws are about values: nothing is flushed to the disk, and git is not asked in every run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        patch.setattr(continual, "_git", lambda: None)
+        yield
 
 
 class Done:

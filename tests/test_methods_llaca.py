@@ -61,7 +61,8 @@ def test_worked_checks_of_the_bounded_rate() -> None:
     # the average may stand still (beta = 1); a concave secant falls back
     alpha, fell = bounded_rates(column(1.0, 2.0, 0.09 * 2, 0.09), 1.0, 0.01)
     assert alpha.item() == pytest.approx(0, abs=1e-6)
-    alpha, fell = bounded_rates(column(1.0, 0.4, -0.09 * 2, 0.09), 1.0, 0.01)
+    # here the ratio itself would be inside: -0.5 / -1, a maximum
+    alpha, fell = bounded_rates(column(1.0, -1.5, -0.09 * 2, 0.09), 1.0, 0.01)
     assert alpha.item() == pytest.approx(0.01) and fell.all()
 
 
