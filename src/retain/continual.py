@@ -119,7 +119,7 @@ def run(
                 seen, before = seen + taught(task, stream), row
         matrix = collect(stream, store)
         if engine.main:
-            write_json(store.path / "matrix.json", matrix.to_json())
+            write_json(store.path / "matrix.json", matrix.to_data())
             write_text(store.path / "DONE", "")
         engine.wait()
     return matrix

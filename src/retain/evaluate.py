@@ -185,6 +185,7 @@ def _plain(weight: float | Tensor) -> Any:
 
 
 def _weights(mix: Mix, k: int) -> Mapping[str, float]:
-    """The plain weights that sample k of a batch was answered with, rounded for the file."""
+    """The weights above zero that sample k of a batch was answered with, rounded for the file."""
     plain = {name: _plain(w) for name, w in mix.weights.items()}
-    return {n: round(float(w[k]) if isinstance(w, Tensor) else w, 4) for n, w in plain.items()}
+    rounded = {n: round(float(w[k]) if isinstance(w, Tensor) else w, 4) for n, w in plain.items()}
+    return {n: w for n, w in rounded.items() if w}
