@@ -11,7 +11,7 @@ import hashlib
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from retain.stream import Stream, Task
-from retain.types import Example, Examples, ImageSource
+from retain.types import Example, ImageSource
 
 LONG_QUESTION, LONG_ANSWER = 4000, 2000  # characters: about a thousand tokens
 RATIONALE = 400  # characters of a question beyond which an answer inside it is likely to be explained there
@@ -45,10 +45,9 @@ class Finding:
 def diagnose(stream: Stream | Sequence[Task]) -> list[Finding]:
     """All findings over all tasks, errors first."""
     tasks = stream.all if isinstance(stream, Stream) else tuple(stream)
-    pixels = _Pixels()
-    found = [f for task in tasks for f in _task(task, pixels)]
-    found += _across(tasks, pixels)
-    found += _balance(tasks)
+    rows = list(_rows(tasks))
+    found = [f for row in rows for f in (*_example(row), *_scorable(row))]
+    found += [*_empty(tasks), *_repeated(rows), *_leaks(rows), *_balance(tasks)]
     return sorted(found, key=lambda f: (f.level != "error", f.task, f.split, f.field, f.row))
 
 
@@ -59,91 +58,86 @@ def finding_rows(findings: Sequence[Finding]) -> list[list[str]]:
     return [["level", "task", "split", "row", "id", "field", "what"], *body]
 
 
-def _splits(task: Task) -> dict[str, Examples]:
-    return {"train": task.train, "valid": task.valid, "test": task.test}
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """One example where it stands, its images decoded once: a hash of each, or what is wrong with it."""
+
+    task: Task
+    split: str
+    number: int
+    example: Example
+    images: tuple[str, ...]
+    broken: tuple[str, ...]
+    content: str  # a hash of images and prompt
+
+    def finding(self, level: Level, field: str, message: str) -> Finding:
+        return Finding(level, self.task.name, self.split, self.number, self.example.id, field, message)
+
+    @property
+    def place(self) -> str:
+        return f"{self.task.name}, {self.split}, row {self.number}"
 
 
-class _Pixels:
-    """Decodes every image once and remembers the hash of its pixels, or what is wrong with it."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, tuple[str, str]] = {}
-
-    def __call__(self, image: ImageSource) -> tuple[str, str]:
-        """(hash, problem): one of the two is empty."""
-        if not isinstance(image, Path):
-            return self._read(image)
-        key = str(image)
-        if key not in self.known:
-            self.known[key] = self._read(image)
-        return self.known[key]
-
-    def _read(self, image: ImageSource) -> tuple[str, str]:
-        try:
-            if isinstance(image, Path):
-                with PILImage.open(image) as opened:
-                    array = np.asarray(opened.convert("RGB"))
-            elif isinstance(image, PILImage.Image):
-                array = np.asarray(image.convert("RGB"))
-            else:
-                array = np.asarray(PILImage.fromarray(image).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, TypeError, PILImage.DecompressionBombError) as error:
-            return "", str(error)
-        return hashlib.sha256(str(array.shape).encode() + array.tobytes()).hexdigest(), ""
-
-
-# -- one task --------------------------------------------------------------------------------------------
-
-
-def _task(task: Task, pixels: _Pixels) -> Iterator[Finding]:
-    for split, examples in _splits(task).items():
-        if not examples and split != "valid" and not (split == "train" and task.test):
-            yield Finding("error", task.name, split, 0, "", "", "the split is empty")
-        first_id: dict[str, int] = {}
-        first_content: dict[str, int] = {}
-        for row, e in enumerate(examples, 1):
-
-            def finding(
-                level: Level, field: str, message: str, split: str = split, row: int = row, e: Example = e
-            ) -> Finding:
-                return Finding(level, task.name, split, row, e.id, field, message)
-
-            yield from _example(e, finding, pixels)
-            yield from _scorable(task.score.name, e, finding)
-            if e.id in first_id:
-                yield finding("error", "id", f"the id of row {first_id[e.id]} again")
-            first_id.setdefault(e.id, row)
-            content = _content(e, pixels)
-            if content in first_content:
-                yield finding(
-                    "warning", "question", f"the same images and question as row {first_content[content]}"
+def _rows(tasks: Sequence[Task]) -> Iterator[_Row]:
+    known: dict[Path, tuple[str, str]] = {}  # a file that many rows show is decoded once
+    for task in tasks:
+        for split, examples in (("train", task.train), ("valid", task.valid), ("test", task.test)):
+            for number, e in enumerate(examples, 1):
+                read = [_decoded(image, known) for image in e.images]
+                hashes = tuple(found for found, _ in read if found)
+                broken = tuple(
+                    f"{image.name if isinstance(image, Path) else f'image {i}'}: {problem}"
+                    for i, (image, (_, problem)) in enumerate(zip(e.images, read, strict=True), 1)
+                    if problem
                 )
-            first_content.setdefault(content, row)
+                turns = [f"{m.role}:{_plain(m.text)}" for m in e.prompt]
+                content = hashlib.sha256("\n".join([*hashes, *broken, *turns]).encode()).hexdigest()
+                yield _Row(task, split, number, e, hashes, broken, content)
 
 
-Report = Callable[[Level, str, str], Finding]
+def _decoded(image: ImageSource, known: dict[Path, tuple[str, str]]) -> tuple[str, str]:
+    """(hash of the pixels, problem): one of the two is empty."""
+    if not isinstance(image, Path):
+        return _decode(image)
+    if image not in known:
+        known[image] = _decode(image)
+    return known[image]
 
 
-def _example(e: Example, finding: Report, pixels: _Pixels) -> Iterator[Finding]:
+def _decode(image: ImageSource) -> tuple[str, str]:
+    try:
+        if isinstance(image, Path):
+            with PILImage.open(image) as opened:
+                array = np.asarray(opened.convert("RGB"))
+        elif isinstance(image, PILImage.Image):
+            array = np.asarray(image.convert("RGB"))
+        else:
+            array = np.asarray(PILImage.fromarray(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, TypeError, PILImage.DecompressionBombError) as error:
+        return "", str(error)
+    return hashlib.sha256(str(array.shape).encode() + array.tobytes()).hexdigest(), ""
+
+
+# -- one row ---------------------------------------------------------------------------------------------
+
+
+def _example(row: _Row) -> Iterator[Finding]:
     """What one row shows on its own."""
+    e, finding = row.example, row.finding
     if not e.id.strip():
         yield finding("error", "id", "the id is empty")
-    for i, image in enumerate(e.images):
-        _, problem = pixels(image)
-        if problem:
-            name = image.name if isinstance(image, Path) else f"image {i + 1}"
-            yield finding("error", "image", f"does not decode: {name}: {problem}")
+    for problem in row.broken:
+        yield finding("error", "image", f"does not decode: {problem}")
     if not e.question.strip():
         yield finding("error", "question", "the question is empty")
     if not any(t.strip() for t in e.targets):
         yield finding("error", "answer", "the answer is empty: nothing can be learned from it or score on it")
     if len(e.question) > LONG_QUESTION:
-        yield finding(
-            "warning", "question", f"{len(e.question):,} characters: may not fit the model's context"
-        )
+        text = f"{len(e.question):,} characters: may not fit the model's context"
+        yield finding("warning", "question", text)
     if len(e.answer) > LONG_ANSWER:
         yield finding("warning", "answer", f"{len(e.answer):,} characters")
-    yield from _given_away(e, finding)
+    yield from _given_away(row)
 
 
 OPTIONS = re.compile(
@@ -156,8 +150,9 @@ LIST = re.compile(
 )
 
 
-def _given_away(e: Example, finding: Report) -> Iterator[Finding]:
+def _given_away(row: _Row) -> Iterator[Finding]:
     """The answer's own text in the question, outside of a list of options."""
+    e, finding = row.example, row.finding
     answer = _plain(e.answer)
     if len(answer) < 3 or answer in {"yes", "no"}:
         return
@@ -180,11 +175,12 @@ def _given_away(e: Example, finding: Report) -> Iterator[Finding]:
 
 BOX = re.compile(r"(?:-?\d+(?:\.\d+)?[^\d.-]+){3}-?\d+(?:\.\d+)?")
 NUMBER = re.compile(r"\d")
-LETTER = re.compile(r"[(\[]?([A-Za-z])[)\].:]?(?:\s+.*)?")
+LETTER = re.compile(r"[(\[]?([A-Za-z])(?:[)\].:]+\s*.*)?", re.DOTALL)
 
 
-def _scorable(scorer: str, e: Example, finding: Report) -> Iterator[Finding]:
+def _scorable(row: _Row) -> Iterator[Finding]:
     """Whether a perfect answer could score: each scorer needs something of the reference."""
+    e, finding, scorer = row.example, row.finding, row.task.score.name
     answers = [t for t in e.targets if t.strip()]
     if not answers:
         return
@@ -220,36 +216,43 @@ def _scorable(scorer: str, e: Example, finding: Report) -> Iterator[Finding]:
 # -- between splits and tasks ----------------------------------------------------------------------------
 
 
-def _across(tasks: Sequence[Task], pixels: _Pixels) -> Iterator[Finding]:
+def _empty(tasks: Sequence[Task]) -> Iterator[Finding]:
+    for task in tasks:
+        if not task.test:
+            yield Finding("error", task.name, "test", 0, "", "", "the split is empty")
+
+
+def _repeated(rows: Sequence[_Row]) -> Iterator[Finding]:
+    """Within a split: the same id, or the same images and question, a second time."""
+    ids: dict[tuple[str, str, str], int] = {}
+    contents: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        first = ids.setdefault((row.task.name, row.split, row.example.id), row.number)
+        if first != row.number:
+            yield row.finding("error", "id", f"the id of row {first} again")
+        first = contents.setdefault((row.task.name, row.split, row.content), row.number)
+        if first != row.number:
+            yield row.finding("warning", "question", f"the same images and question as row {first}")
+
+
+def _leaks(rows: Sequence[_Row]) -> Iterator[Finding]:
     """Test rows that were, or will be, trained on: the same images and question; the same image alone."""
     contents: dict[str, str] = {}
     images: dict[str, str] = {}
-    for task in tasks:
-        for split in ("train", "valid"):
-            for row, e in enumerate(_splits(task)[split], 1):
-                place = f"{task.name}, {split}, row {row}"
-                contents.setdefault(_content(e, pixels), place)
-                for image in _hashes(e, pixels):
-                    images.setdefault(image, place)
-    for task in tasks:
-        for row, e in enumerate(task.test, 1):
-            place = contents.get(_content(e, pixels), "")
-            if place:
-                yield Finding(
-                    "error",
-                    task.name,
-                    "test",
-                    row,
-                    e.id,
-                    "question",
-                    f"leak: images and question are in {place}",
-                )
-                continue
-            shared = next((images[h] for h in _hashes(e, pixels) if h in images), "")
-            if shared:
-                yield Finding(
-                    "warning", task.name, "test", row, e.id, "image", f"the image is also in {shared}"
-                )
+    for row in rows:
+        if row.split != "test":
+            contents.setdefault(row.content, row.place)
+            for image in row.images:
+                images.setdefault(image, row.place)
+    for row in rows:
+        if row.split != "test":
+            continue
+        if row.content in contents:
+            yield row.finding(
+                "error", "question", f"leak: images and question are in {contents[row.content]}"
+            )
+        elif shared := next((images[h] for h in row.images if h in images), ""):
+            yield row.finding("warning", "image", f"the image is also in {shared}")
 
 
 def _balance(tasks: Sequence[Task]) -> Iterator[Finding]:
@@ -268,16 +271,6 @@ def _balance(tasks: Sequence[Task]) -> Iterator[Finding]:
             if share > 0.8:
                 text = f"{share:.0%} of the answers are {_cut(most)}: always saying it scores as much"
                 yield Finding("warning", task.name, "test", 0, "", "answer", text)
-
-
-def _content(e: Example, pixels: _Pixels) -> str:
-    turns = [f"{m.role}:{_plain(m.text)}" for m in e.prompt]
-    return hashlib.sha256("\n".join([*_hashes(e, pixels), *turns]).encode()).hexdigest()
-
-
-def _hashes(e: Example, pixels: _Pixels) -> list[str]:
-    """Hashes of the images that decode."""
-    return [found for image in e.images if (found := pixels(image)[0])]
 
 
 def _plain(text: str) -> str:
