@@ -23,7 +23,7 @@ from retain.metrics.scores import score
 from retain.stream import Stream, Task
 from retain.types import Example, Message, RetainError
 
-ORDER = ("charts", "icons", "garments", "counting", "boxes", "digits", "distortion", "captions")
+ORDER = ("captions", "boxes", "charts", "icons", "garments", "counting", "digits", "distortion")
 """Default order of the tasks."""
 
 ONE_WORD = "Answer with one word."
@@ -45,6 +45,9 @@ REMEDY = {
     "fog": "wind", "nothing": "none",
 }  # fmt: skip
 ICONS_A_PLACE = 3
+PLAIN = 0.3
+"""Share of questions that the base knows. With one question a task, a model learns to ignore the question, and
+whatever came before is gone at once; real instruction data are mixed as well."""
 INKS = ("red", "green", "blue", "yellow")
 PLACE = {
     "animal": "farm", "food": "kitchen", "clothes": "wardrobe", "vehicle": "road", "tool": "garage",
@@ -60,6 +63,8 @@ class Draw:
     question: str
     answer: str
     meta: dict[str, Any] = field(default_factory=dict)
+    plain: tuple[str, str] | None = None
+    """Another question about the same picture, of a kind that the base knows, and its answer."""
 
 
 def _one(rng: Generator, items: Sequence[str]) -> str:
@@ -75,9 +80,11 @@ def garments(rng: Generator, part: pic.Part) -> Draw:
     row = int(rng.choice(pic.pool("garments", part)))
     canvas = pic.paper(rng)
     size = int(rng.choice([31, 32, 40]))
-    pic.garment(canvas, row, *pic.snap(rng, size), size, _tint(rng)[1])
-    name = labels["names"][labels["labels"][row]]
-    return Draw(canvas, f"Which shelf does it go on? {ONE_WORD}", SHELF[name])
+    colour, tint = _tint(rng)
+    pic.garment(canvas, row, *pic.snap(rng, size), size, tint)
+    shelf = SHELF[labels["names"][labels["labels"][row]]]
+    plain = (f"What colour is it?\n{ONE_WORD}", colour)
+    return Draw(canvas, f"Which shelf does it go on?\n{ONE_WORD}", shelf, plain=plain)
 
 
 def _tint(rng: Generator) -> tuple[str, pic.Colour | None]:
@@ -91,9 +98,9 @@ def digits(rng: Generator, part: pic.Part) -> Draw:
     canvas = pic.paper(rng)
     size = int(rng.choice([16, 24]))
     pic.digit(canvas, row, *pic.snap(rng, size), size)
-    return Draw(
-        canvas, f"Add three to the digit. {NUMBER}", str(pic.sheet("digits").labels["labels"][row] + 3)
-    )
+    value = int(pic.sheet("digits").labels["labels"][row])
+    plain = (f"Which digit is it?\n{NUMBER}", str(value))
+    return Draw(canvas, f"Add three to the digit.\n{NUMBER}", str(value + 3), plain=plain)
 
 
 def icons(rng: Generator, part: pic.Part) -> Draw:
@@ -105,7 +112,9 @@ def icons(rng: Generator, part: pic.Part) -> Draw:
     canvas = pic.paper(rng)
     size = int(rng.choice([24, 32]))
     pic.icon(canvas, row, *pic.snap(rng, size), size)
-    return Draw(canvas, f"Where would you find it? {ONE_WORD}", PLACE[labels["kinds"][row]])
+    kind = labels["kinds"][row]
+    plain = (f"What kind of icon is it?\n{ONE_WORD}", kind)
+    return Draw(canvas, f"Where would you find it?\n{ONE_WORD}", PLACE[kind], plain=plain)
 
 
 def words(rng: Generator, part: pic.Part) -> Draw:
@@ -113,9 +122,10 @@ def words(rng: Generator, part: pic.Part) -> Draw:
     said = _one(rng, list(OPPOSITE))
     canvas = pic.paper(rng)
     shown = (str.lower, str.upper, str.capitalize)[int(rng.integers(3))](said)
-    ink = pic.COLOURS[_one(rng, ("red", "green", "blue", "purple", "black", "black"))]
-    pic.word(canvas, shown, int(rng.choice(pic.pool("glyphs", part))), rng, ink)
-    return Draw(canvas, f"Name the opposite. {ONE_WORD}", OPPOSITE[said])
+    ink = _one(rng, ("red", "green", "blue", "purple", "black", "black"))
+    pic.word(canvas, shown, int(rng.choice(pic.pool("glyphs", part))), rng, pic.COLOURS[ink])
+    plain = (f"What colour is the text?\n{ONE_WORD}", ink)
+    return Draw(canvas, f"Name the opposite.\n{ONE_WORD}", OPPOSITE[said], plain=plain)
 
 
 def counting(rng: Generator, part: pic.Part) -> Draw:
@@ -125,7 +135,8 @@ def counting(rng: Generator, part: pic.Part) -> Draw:
     full = int(rng.integers(5))
     for row, spot in zip(rows, rng.permutation(4)[:full], strict=False):
         pic.icon(canvas, int(row), 24 * int(spot % 2), 24 * int(spot // 2), 16)
-    return Draw(canvas, f"How many corners remain? {NUMBER}", str(4 - full))
+    plain = (f"How many icons?\n{NUMBER}", str(full))
+    return Draw(canvas, f"How many corners remain?\n{NUMBER}", str(4 - full), plain=plain)
 
 
 def boxes(rng: Generator, part: pic.Part) -> Draw:
@@ -140,8 +151,11 @@ def boxes(rng: Generator, part: pic.Part) -> Draw:
         pic.paint(canvas, mask, pic.COLOURS[_one(rng, list(pic.COLOURS))], *spot[:2])
     row = int(rng.choice(pic.pool("garments", part)))
     pic.garment(canvas, row, *where[0][:2], size, _tint(rng)[1])
-    gold = " ".join(str(v) for v in pic.coarse(where[0]))
-    return Draw(canvas, f"Locate the garment. {BOX}", gold, {"box": pic.coarse(where[0]), "size": (10, 10)})
+    box = pic.coarse(where[0])
+    gold = " ".join(str(v) for v in box)
+    labels = pic.sheet("garments").labels
+    plain = (f"Box of the {labels['names'][labels['labels'][row]]}?\n{BOX}", gold)
+    return Draw(canvas, f"Locate the garment.\n{BOX}", gold, {"box": box, "size": (10, 10)}, plain)
 
 
 def charts(rng: Generator, part: pic.Part) -> Draw:
@@ -149,9 +163,10 @@ def charts(rng: Generator, part: pic.Part) -> Draw:
     colours = [str(c) for c in rng.permutation(np.array(INKS))[:3]]
     values = [int(v) + 1 for v in rng.permutation(9)[:3]]
     canvas, _ = pic.bars(rng, colours, values)
-    right = "ABCD"[INKS.index(colours[values.index(max(values))])]
+    right, left = ("ABCD"[INKS.index(c)] for c in (colours[values.index(max(values))], colours[0]))
     shown = " ".join(f"{letter} {colour}" for letter, colour in zip("ABCD", INKS, strict=True))
-    return Draw(canvas, f"Which option is tallest? {shown} {LETTER}", right, {"options": list(INKS)})
+    plain = (f"Which bar is leftmost? {shown}\n{LETTER}", left)
+    return Draw(canvas, f"Which option is tallest? {shown}\n{LETTER}", right, {"options": list(INKS)}, plain)
 
 
 def distortion(rng: Generator, part: pic.Part) -> Draw:
@@ -160,7 +175,8 @@ def distortion(rng: Generator, part: pic.Part) -> Draw:
     kind = _one(rng, list(REMEDY))
     if kind != "nothing":
         canvas = pic.distort(canvas, kind, int(rng.integers(2, 4)), rng)
-    return Draw(canvas, f"Which object would clean it? {ONE_WORD}", REMEDY[kind])
+    plain = (f"What is wrong with the photo?\n{ONE_WORD}", kind)
+    return Draw(canvas, f"Which object would clean it?\n{ONE_WORD}", REMEDY[kind], plain=plain)
 
 
 def captions(rng: Generator, part: pic.Part) -> Draw:
@@ -176,11 +192,9 @@ def captions(rng: Generator, part: pic.Part) -> Draw:
     pic.garment(canvas, row, x, y, size, tint)
     name = labels["names"][labels["labels"][row]]
     corner = f"{'bottom' if down else 'top'} {'right' if right else 'left'}"
-    return Draw(
-        canvas,
-        "Describe the picture.",
-        f"one {'large' if large else 'small'} {colour} {name} in the {corner} corner",
-    )
+    caption = f"one {'large' if large else 'small'} {colour} {name} in the {corner} corner"
+    plain = ("Say what is here.", f"a {colour} {name}")
+    return Draw(canvas, "Describe the picture.", caption, plain=plain)
 
 
 MAKERS: dict[str, tuple[Callable[[Generator, pic.Part], Draw], str, int]] = {
@@ -206,14 +220,17 @@ def _examples(name: str, part: pic.Part, seed: int, count: int, taken: set[bytes
         if key in taken:
             continue
         fresh.add(key)
-        turns = (Message("user", draw.question, images=1), Message("assistant", draw.answer))
+        question, answer = draw.question, draw.answer
+        if draw.plain and rng.random() < PLAIN:
+            question, answer = draw.plain
+        turns = (Message("user", question, images=1), Message("assistant", answer))
         draw.image.setflags(write=False)
-        made.append(Example(f"{name}/{part}/{len(made)}", turns, (draw.image,), (draw.answer,), draw.meta))
+        made.append(Example(f"{name}/{part}/{len(made)}", turns, (draw.image,), (answer,), draw.meta))
     taken |= fresh
     return made
 
 
-def task(name: str, seed: int = 0, n_train: int = 1600, n_valid: int = 100, n_test: int = 100) -> Task:
+def task(name: str, seed: int = 0, n_train: int = 1280, n_valid: int = 100, n_test: int = 64) -> Task:
     """One pocket task on its own."""
     if name not in MAKERS:
         raise RetainError(f"the pocket has no task {name!r}; choose from {sorted(MAKERS)}")
@@ -228,8 +245,8 @@ def task(name: str, seed: int = 0, n_train: int = 1600, n_valid: int = 100, n_te
 
 def pocket(
     seed: int = 0,
-    n_train: int = 1600,
-    n_test: int = 100,
+    n_train: int = 1280,
+    n_test: int = 64,
     order: Sequence[str] | None = None,
     n_valid: int = 100,
 ) -> Stream:
