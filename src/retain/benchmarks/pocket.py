@@ -46,8 +46,8 @@ REMEDY = {
 }  # fmt: skip
 ICONS_A_PLACE = 3
 PLAIN = 0.3
-"""Share of questions that the base knows. With one question a task, a model learns to ignore the question, and
-whatever came before is gone at once; real instruction data are mixed as well."""
+"""Share of questions of a kind that the base knows. With one question a task, a model learns to ignore the
+question, and what came before is gone at once; real instruction data are mixed as well."""
 INKS = ("red", "green", "blue", "yellow")
 PLACE = {
     "animal": "farm", "food": "kitchen", "clothes": "wardrobe", "vehicle": "road", "tool": "garage",

@@ -80,12 +80,12 @@ def pool(name: str, part: Part) -> np.ndarray:
     else:  # garments come interleaved by class, digits in the order they were collected
         base = rows < labels["count"] * (0.65 if name == "garments" else 0.6)
     if part == "base":
-        return rows[base]
+        return np.asarray(rows[base])
     mine = rows[~base]
     if name == "icons":
-        return mine
+        return np.asarray(mine)
     turn = (np.arange(len(mine)) // 10 if name == "garments" else np.arange(len(mine))) % 10
-    return mine[{"train": turn < 6, "valid": turn == 6, "test": turn > 6}[part]]
+    return np.asarray(mine[{"train": turn < 6, "valid": turn == 6, "test": turn > 6}[part]])
 
 
 # ---- canvases
@@ -285,7 +285,7 @@ def bars(rng: Generator, colours: list[str], values: list[int]) -> tuple[np.ndar
 def photo(row: int, rng: Generator | None = None) -> np.ndarray:
     """A crop; with a generator it may be mirrored."""
     pixels = sheet("photos").cells[row]
-    return (pixels[:, ::-1] if rng is not None and rng.integers(2) else pixels).copy()
+    return np.asarray((pixels[:, ::-1] if rng is not None and rng.integers(2) else pixels).copy())
 
 
 def distort(pixels: np.ndarray, kind: str, degree: int, rng: Generator) -> np.ndarray:

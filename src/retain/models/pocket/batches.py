@@ -33,7 +33,9 @@ class Encoder:
         )
 
     def _id(self, token: str) -> int:
-        return int(self.tok.token_to_id(token))
+        found = self.tok.token_to_id(token)
+        assert found is not None, token
+        return int(found)
 
     def __call__(self, text: str) -> list[int]:
         if text not in self.cache:
@@ -52,10 +54,10 @@ class Encoder:
 class Packed:
     """One packed batch; `labels_BT` is -100 except on answers."""
 
-    ids_BT: Tensor  # noqa: N815
-    labels_BT: Tensor  # noqa: N815
-    position_BT: Tensor  # noqa: N815
-    mask_B1TT: Tensor  # noqa: N815
+    ids_BT: Tensor
+    labels_BT: Tensor
+    position_BT: Tensor
+    mask_B1TT: Tensor
     pixels: Tensor | None
     marks: Tensor | None = None
 

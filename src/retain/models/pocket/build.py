@@ -30,8 +30,8 @@ CHAT = (
     "{% else %}{% if m['role'] == 'user' %}USER:{% endif %}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] if c['type'] == 'image' %}<image>{% endfor %}"
-    "{% for c in m['content'] if c['type'] == 'text' %} {{ c['text'] }}{% endfor %}{% endif %}{% endif "
-    "%}{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %} "
+    "{{ c['text'] | replace('\\n', ' ') }}{% endfor %}{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 
@@ -135,11 +135,11 @@ def export(states: Path, to: Path) -> None:
     model = LlavaForConditionalGeneration(LlavaConfig(**llava_config()))
     model.load_state_dict(_weights(states / "joint.safetensors"))
     model.generation_config.update(eos_token_id=3, pad_token_id=0, bos_token_id=1, do_sample=False)
-    model.to(torch.float16).save_pretrained(to)
+    model.half().save_pretrained(to)
     guide = CLIPModel(CLIPConfig(**clip_config()))
     refit = states / "guide.safetensors"
     guide.load_state_dict(_weights(refit if refit.is_file() else states / "clip.safetensors"))
-    guide.to(torch.float16).save_pretrained(to / "guide")
+    guide.half().save_pretrained(to / "guide")
     raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 3)])
     PreTrainedTokenizerFast(tokenizer_object=raw, **names, model_max_length=128).save_pretrained(to / "guide")
     images.save_pretrained(to / "guide")

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ def joint_loss(
     if seen is None or batch.marks is None:
         return F.cross_entropy(*logits_of(model, batch, seen))
     loss = aligned(model, seen, batch.marks, tokens, blank)
-    loss = loss + MARKS * marked(model.marks_head(seen), batch.marks)
+    loss = loss + MARKS * marked(cast(nn.Module, model.marks_head)(seen), batch.marks)
     return loss if see_only else loss + F.cross_entropy(*logits_of(model, batch, seen))
 
 
@@ -308,10 +308,10 @@ def stage(rank: int, args: argparse.Namespace) -> None:
     if args.stage == "tower":
         model = Tower()
         if args.init and not path.is_file():
-            start = "model.model.vision_tower."
+            prefix = "model.model.vision_tower."
             old = load_file(args.init)
             model.vision_model.load_state_dict(
-                {k[len(start) :]: v for k, v in old.items() if k.startswith(start)}
+                {k[len(prefix) :]: v for k, v in old.items() if k.startswith(prefix)}
             )
         losses = (model(*tower_batch(rng, args.batch)) for _ in count())
     elif args.stage == "guide":
@@ -400,7 +400,9 @@ def main() -> None:
         export(args.out, args.to)
     elif args.ranks > 1:
         (args.out / "rendezvous").unlink(missing_ok=True)
-        torch.multiprocessing.spawn(stage, (args,), args.ranks)
+        from torch.multiprocessing.spawn import spawn
+
+        spawn(stage, (args,), args.ranks)
     else:
         stage(0, args)
 
