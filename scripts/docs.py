@@ -56,7 +56,9 @@ def results() -> str:
 def usage() -> str:
     """`retain --help`, in plain text."""
     env = {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1", "PATH": "/usr/bin:/bin"}
-    out = subprocess.run([sys.executable, "-m", "retain.cli", "--help"], capture_output=True, text=True, env=env, check=True)
+    out = subprocess.run(
+        [sys.executable, "-m", "retain.cli", "--help"], capture_output=True, text=True, env=env, check=True
+    )
     return "```\n" + "\n".join(line.rstrip() for line in out.stdout.strip().splitlines()) + "\n```"
 
 

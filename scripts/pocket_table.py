@@ -30,7 +30,16 @@ def one(name: str, seed: int, folder: Path, extra: list[str]) -> tuple[str, int,
     out = folder / f"{name}-{seed}"
     if (out / "DONE").is_file():
         return out.name, 0, 0.0
-    command = [sys.executable, "-m", "retain.cli", "run", str(RECIPES / f"{name}.yaml"), f"seed={seed}", f"out={out}", *extra]
+    command = [
+        sys.executable,
+        "-m",
+        "retain.cli",
+        "run",
+        str(RECIPES / f"{name}.yaml"),
+        f"seed={seed}",
+        f"out={out}",
+        *extra,
+    ]
     started = time.monotonic()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +49,9 @@ def one(name: str, seed: int, folder: Path, extra: list[str]) -> tuple[str, int,
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", default=FIRST)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "table")

@@ -1,7 +1,5 @@
 """Bad input, one case per line: exit code 2, one message that names the thing, and nothing saved is lost."""
 
-# ruff: noqa: E501  a table is read by its lines
-
 from __future__ import annotations
 
 import errno

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from retain.adapters.bank import AdapterBank, Mix
     from retain.adapters.lora import LoraSpec
     from retain.continual import run
-    from retain.evaluate import EvalOptions, evaluate
+    from retain.evaluate import EvalOptions
     from retain.method import Context, Method, Stack, available, build, register
     from retain.metrics.matrix import AccuracyMatrix
     from retain.models.hf import HFModel
@@ -25,7 +25,7 @@ _HOME = {
     "adapters.bank": ("AdapterBank", "Mix"),
     "adapters.lora": ("LoraSpec",),
     "continual": ("run",),
-    "evaluate": ("EvalOptions", "evaluate"),
+    "evaluate": ("EvalOptions",),
     "method": ("Context", "Method", "Stack", "available", "build", "register"),
     "metrics.matrix": ("AccuracyMatrix",),
     "models.hf": ("HFModel",),
@@ -37,9 +37,10 @@ _HOME = {
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "AccuracyMatrix", "AdapterBank", "Batch", "Conflict", "Context", "EvalOptions", "Example", "Guide", "HFModel",
-    "LoraSpec", "Message", "Method", "Mix", "Optim", "Output", "RetainError", "RunDir", "Stack", "Stream", "Task",
-    "__version__", "available", "build", "evaluate", "fit", "register", "run",
+    "AccuracyMatrix", "AdapterBank", "Batch", "Conflict", "Context", "EvalOptions", "Example", "Guide",
+    "HFModel", "LoraSpec", "Message", "Method", "Mix", "Optim", "Output", "RetainError", "RunDir", "Stack",
+    "Stream", "Task",
+    "__version__", "available", "build", "fit", "register", "run",
 ]  # fmt: skip
 
 

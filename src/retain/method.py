@@ -83,7 +83,9 @@ class Method:
 
     def adapt(self, ctx: Context) -> Mix:
         """Grow or choose adapters, decide which train, return which are on. ONE owner in a stack."""
-        raise RetainError(f"{self.name!r} does not own `adapt`: put `lora`, `lora_per_task` or another owner before it")
+        raise RetainError(
+            f"{self.name!r} does not own `adapt`: put `lora`, `lora_per_task` or another owner before it"
+        )
 
     def begin_task(self, ctx: Context) -> None:
         """Before the first step: snapshots, teachers, anchors."""
@@ -240,7 +242,7 @@ def register(cls: M) -> M:
 
 def available() -> dict[str, type[Method]]:
     """Every registered method by name: ours, and those of installed packages (entry point group `retain.methods`)."""
-    import retain.methods  # noqa: F401, PLC0415  registers ours
+    import retain.methods  # noqa: F401  registers ours
 
     for point in entry_points(group="retain.methods"):
         if point.name not in REGISTRY:
@@ -282,7 +284,9 @@ def _one(name: str, options: Mapping[str, Any], where: str) -> Method:
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         wrong_bool = isinstance(value, bool) and not isinstance(default, bool)
         if default is not MISSING and default is not None and (wrong_bool or not isinstance(value, kinds)):
-            raise RetainError(f"{where}.{name}.{key}: {value!r} is no {type(default).__name__} (default {default!r})")
+            raise RetainError(
+                f"{where}.{name}.{key}: {value!r} is no {type(default).__name__} (default {default!r})"
+            )
     return cls(**options)
 
 

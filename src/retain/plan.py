@@ -113,7 +113,7 @@ def _skeleton(recipe: Recipe) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=local)
         with torch.device("meta"):
-            hf = AutoModelForImageTextToText.from_config(config)
+            hf = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
         return hf, load_processor(name, local)
     except (OSError, ValueError) as error:
         raise RetainError(f"{recipe.path}: model {name!r} cannot be planned: {error}") from error

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from retain import config, evaluate
+from retain import config
+from retain.evaluate import score as score_answers
 from retain.metrics import score
 from retain.store import Row, RunDir, read_jsonl
 from retain.stream import Task
@@ -51,7 +52,7 @@ def _cell(row: Row, task: Task) -> Cell:
             f"{path}: no answer for the test row {missing[0]!r}; the data changed since the run"
         )
     lines = [saved[e.id] for e in task.test]
-    scored = evaluate.score(task, [line["prediction"] for line in lines])
+    scored = score_answers(task, [line["prediction"] for line in lines])
     compat = [p.compat for p in scored if p.compat is not None]
     return Cell(
         after=row.name,

@@ -76,7 +76,9 @@ class Stream(Sequence[Task]):
         for task in self.all:
             if task.name == name:
                 return task
-        raise RetainError(f"stream {self.name!r} has no task {name!r}; choose from {[t.name for t in self.all]}")
+        raise RetainError(
+            f"stream {self.name!r} has no task {name!r}; choose from {[t.name for t in self.all]}"
+        )
 
     def ordered(self, names: Sequence[str]) -> Stream:
         """The same stream with its tasks in another order (a subset is allowed)."""

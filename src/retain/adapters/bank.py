@@ -40,7 +40,10 @@ class Mix:
         """The same mix for some samples of the batch, in the given order."""
 
         def pick(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-            return {k: w[rows_B.to(w.device)] if isinstance(w, Tensor) and w.ndim else w for k, w in weights.items()}
+            return {
+                k: w[rows_B.to(w.device)] if isinstance(w, Tensor) and w.ndim else w
+                for k, w in weights.items()
+            }
 
         return Mix(pick(self.weights), {layer: pick(w) for layer, w in self.by_layer.items()})
 
@@ -56,7 +59,10 @@ class Mix:
                 if isinstance(w, Tensor) and w.ndim:
                     raise ValueError(f"the mix of {name!r} is per sample; only numbers are stored")
         plain = {k: float(w) for k, w in self.weights.items()}
-        return {"weights": plain, "by_layer": {str(i): {k: float(w) for k, w in m.items()} for i, m in self.by_layer.items()}}
+        return {
+            "weights": plain,
+            "by_layer": {str(i): {k: float(w) for k, w in m.items()} for i, m in self.by_layer.items()},
+        }
 
     @staticmethod
     def from_json(data: Mapping[str, object]) -> Mix:
@@ -121,7 +127,9 @@ class AdapterBank:
     def parameters(self, name: str) -> dict[str, Parameter]:
         """The live tensors of one adapter, `site.tensor` to Parameter, in the order of the sites."""
         self._known(name)
-        return {f"{path}.{key}": p for path, site in self.sites.items() for key, p in site.tensors(name).items()}
+        return {
+            f"{path}.{key}": p for path, site in self.sites.items() for key, p in site.tensors(name).items()
+        }
 
     def state(self, name: str) -> dict[str, Tensor]:
         """A detached copy of one adapter."""
@@ -164,7 +172,10 @@ class AdapterBank:
     def trainable(self) -> dict[str, Parameter]:
         """Every tensor that has a gradient, as `adapter/site.tensor`, in a fixed order."""
         return {
-            f"{name}/{key}": p for name in self.names for key, p in self.parameters(name).items() if p.requires_grad
+            f"{name}/{key}": p
+            for name in self.names
+            for key, p in self.parameters(name).items()
+            if p.requires_grad
         }
 
     def group(self, key: str) -> str:

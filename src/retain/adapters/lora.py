@@ -121,7 +121,7 @@ class LoraLinear(_Adapted):
             and x.dtype == A.dtype == self.base.weight.dtype
         )
         if fused:
-            fast: Tensor = _Fused.apply(x, seen, self.base.weight, self.base.bias, A, B, scale)
+            fast: Tensor = _Fused.apply(x, seen, self.base.weight, self.base.bias, A, B, scale)  # type: ignore[no-untyped-call]
             return fast
         y: Tensor = self.base(x)
         h = F.linear(seen if autocast else seen.to(A.dtype), A)  # (B, T, R)

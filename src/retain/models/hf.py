@@ -299,9 +299,9 @@ class HFModel:
         for start in range(0, len(todo), size):
             part = todo[start : start + size]
             pixels = [self.encode.image(ref, example_id) for ref, example_id in part]
-            for (ref, _), value in zip(part, self._tower(pixels, size), strict=True):
-                found[ref.key] = value
-                self.features.put(ref.key, value)
+            for (ref, _), made in zip(part, self._tower(pixels, size), strict=True):
+                found[ref.key] = made
+                self.features.put(ref.key, made)
                 self.encode.pixels.pop(ref.key)  # the features stand for it from now on
         return [value for r in refs if (value := found[r.key]) is not None]
 
@@ -310,7 +310,8 @@ class HFModel:
         assert self.family.features is not None
         full = [*pixels, *[pixels[-1]] * (size - len(pixels))]
         inputs = {k: torch.cat([p[k] for p in full]).to(self.device) for k in full[0]}
-        with self.autocast():
+        # The model's own precision, whatever the caller's: features must not depend on who asked first.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             out = self.family.features(self.hf, inputs)
         return [out] if size == 1 else [row.clone()[None] for row in out[: len(pixels)]]
 

@@ -35,7 +35,7 @@ class PlainProcessor:
     def replace_image_token(self, image_inputs: dict[str, Any], index: int) -> str:
         """The image token once per merged group of patches (Qwen2-VL's rule)."""
         merged = int(image_inputs["image_grid_thw"][index].prod()) // self.image_processor.merge_size**2
-        return self.image_token * merged
+        return str(self.image_token * merged)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """The two parts, as their own classes write them, and the chat template with the tokenizer."""

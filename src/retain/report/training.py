@@ -86,11 +86,11 @@ def _add_step(out: Training, event: Record, at: float) -> None:
     if isinstance(losses, list) and isinstance(first, int | float):
         out.loss += [(at + first + k, v) for k, v in enumerate(losses) if _finite(v)]
     elif _finite(event.get("loss")):
-        out.loss.append((at + step, event["loss"]))
+        out.loss.append((at + step, float(event["loss"])))
     rates = event.get("lr")
     for name, value in (rates if isinstance(rates, Mapping) else {"": rates}).items():
         if _finite(value):
-            out.rates.setdefault(str(name), []).append((at + step, value))
+            out.rates.setdefault(str(name), []).append((at + step, float(value or 0)))
     terms = {k: v for k, v in event.items() if k not in _OURS}
     _add_fields(out, "loss terms", terms, at + step)
 

@@ -52,7 +52,7 @@ def corpus() -> list[str]:
 
 def tokenizer() -> Tokenizer:
     """The pocket's tokenizer: kept in a file, since a changed lesson would change its merges."""
-    path = Path(__file__).parent / "tokenizer.json"
+    path = Path(__file__).parent / "weights" / "tokenizer.json"
     return Tokenizer.from_str(path.read_text() if path.is_file() else train_tokenizer())
 
 

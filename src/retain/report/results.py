@@ -1,0 +1,111 @@
+"""docs/results.md: many runs as one page: the table, paired tests, scores per task, what the papers say beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from retain.report import summary
+from retain.report.load import Group, Run, group, load_runs
+from retain.report.tables import results_table
+from retain.types import RetainError
+
+BASELINES = ("lora", "replay")
+METRICS = ("Last", "Forgetting")
+
+
+def write_results(folder: Path, out: Path) -> Path:
+    """Fill the part between `<!-- begin:measured -->` and its end in `out` from the finished runs under `folder`."""
+    runs = load_runs(sorted(p.parent for p in folder.glob("*/DONE")))
+    groups = _named(group(runs))
+    parts = [
+        f"Made from {len(runs)} runs by `make pocket-table`; mean ± sample standard deviation over seeds.\n",
+        "<!-- table -->",
+        table(groups).rstrip(),
+        "<!-- /table -->\n",
+        *(tests(groups, name) for name in BASELINES if any(g.label == name for g in groups)),
+        per_task(groups),
+        budgets(groups),
+    ]
+    begin, end = "<!-- begin:measured -->", "<!-- end:measured -->"
+    text = out.read_text(encoding="utf8") if out.is_file() else f"# Results\n\n{begin}\n{end}\n"
+    if begin not in text or end not in text:
+        raise RetainError(f"{out}: the markers {begin} and {end} are missing")
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    out.write_text(f"{head}{begin}\n" + "\n".join(parts) + f"\n{end}{tail}", encoding="utf8")
+    return out
+
+
+def recipe_name(run: Run) -> str:
+    """The recipe's name as the folder says it: NAME-SEED."""
+    return run.path.name.rpartition("-")[0] or run.path.name
+
+
+def table(groups: Sequence[Group]) -> str:
+    """One row per method, best Last first."""
+    return results_table(
+        [run for g in sorted(groups, key=_last, reverse=True) for run in g.runs], labels=_labels(groups)
+    )
+
+
+def tests(groups: Sequence[Group], baseline: str) -> str:
+    """Every method against one baseline over the same seeds: difference, 95 % interval, permutation p, Holm's p."""
+    against = next(g for g in groups if g.label == baseline)
+    lines = [f"**Against `{baseline}`**, paired over seeds (difference, 95 % interval, p):\n"]
+    lines += ["| method | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]
+    for g in groups:
+        if g is against or len(g.runs) < 2:
+            continue
+        found = summary.paired(g, against)
+        cells = []
+        for name in METRICS:
+            c = found.named(name)
+            cells.append(f"{c.difference:+.1f} [{c.low:+.1f}, {c.high:+.1f}], p = {c.p:.3f}" if c else "–")
+        lines.append(f"| {g.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def per_task(groups: Sequence[Group]) -> str:
+    """Score on each task at the end, and right after it was learned in brackets: means over seeds."""
+    tasks = groups[0].runs[0].tasks
+    lines = ["**Per task**: at the end of the stream, and (right after the task), mean over seeds:\n"]
+    lines += ["| method | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
+    for g in groups:
+        mean = summary.mean_matrix(g)
+        if mean is None:
+            continue
+        last, cells = mean.mean[-1], []
+        for j in range(len(tasks)):
+            new = mean.mean[j + 1][j]
+            at_end = last[j] if last[j] == last[j] else mean.mean[0][j]  # zero-shot has its first row only
+            cells.append(
+                f"{at_end:.0f}" + (f" ({new:.0f})" if new == new and j + 1 < len(mean.mean) - 1 else "")
+            )
+        lines.append(f"| {g.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def budgets(groups: Sequence[Group]) -> str:
+    """What each method took, mean over seeds."""
+    lines = [
+        "**Budgets**, mean over seeds:\n",
+        "| method | " + " | ".join(c.words for c in summary.COSTS) + " |",
+    ]
+    lines.append("|---|" + "---:|" * len(summary.COSTS))
+    for g in groups:
+        cells = [summary.written(c, summary.mean_cost(g, c.key)) for c in summary.COSTS]
+        lines.append(f"| {g.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _named(groups: Sequence[Group]) -> list[Group]:
+    return [Group(recipe_name(g.runs[0]), g.runs) for g in groups]
+
+
+def _labels(groups: Sequence[Group]) -> dict[str, str]:
+    return {run.path.name: g.label for g in groups for run in g.runs}
+
+
+def _last(g: Group) -> float:
+    found = summary.numbers(g).get("Last")
+    return found.value if found and found.value is not None else -1.0
