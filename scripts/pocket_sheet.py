@@ -28,7 +28,11 @@ def main() -> None:
             axis.imshow(example.images[0], interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-            text = textwrap.fill(example.question, 26) + "\n" + textwrap.fill(f"> {example.answer}", 26)
+            text = (
+                textwrap.fill(example.question.replace("\n", " "), 26)
+                + "\n"
+                + textwrap.fill(f"> {example.answer}", 26)
+            )
             axis.set_xlabel(text, fontsize=8)
             if row == 0:
                 axis.set_title(task.name, fontsize=11, fontweight="bold")
