@@ -13,12 +13,12 @@ from retain.stream import Stream, Task
 from retain.train import Optim, fit
 
 
-def run(name: str, base: object, processor: object, size: Size, how: Optim) -> tuple[Took, list[float]]:
+def run(parts: list[str], base: object, processor: object, size: Size, how: Optim) -> tuple[Took, list[float]]:
     """Learn a first task in two steps, then time the second."""
     model, of = common.ours(base, processor, size), common.task(size)
     losses: list[float] = []
     first = Task("first", of.train[: size.batch], of.test, of.score, of.max_new_tokens)
-    stream, method = Stream("bench", (first, of)), build(name)
+    stream, method = Stream("bench", (first, of)), build(parts)
     short = Optim(lr=how.lr, steps=2, batch_size=how.batch_size, warmup=0)
     fit(model, method, Context(model, first, stream, [], seed=0), short)
     for i in range(0, len(of.train), 64):
@@ -35,8 +35,8 @@ def compare(size: Size, reps: int) -> Ratio:
     plain: list[Took] = []
     llaca: list[Took] = []
     for rep in range(reps + 1):  # the first is thrown away
-        a, losses = run("lora", base, processor, size, how)
-        b, averaged = run("llaca", base, processor, size, how)
+        a, losses = run(["lora"], base, processor, size, how)
+        b, averaged = run(["lora", "llaca"], base, processor, size, how)
         if rep:
             plain.append(a), llaca.append(b)
     note = f"last loss {losses[-1]:.3f} (lora), {averaged[-1]:.3f} (llaca)"
