@@ -89,7 +89,7 @@ def test_killed_again_and_again(
 ) -> None:
     """Every process dies a few renames after it started, until one of them comes through."""
     rng, deaths = random.Random(f"{moment}{seed}"), 0
-    while server(tmp_path / "run", **{moment: rng.randint(6, 45)})["signal"] == KILLED:
+    while server(tmp_path / "run", **{moment: rng.randint(4, 30)})["signal"] == KILLED:
         deaths += 1
         assert deaths < 100
     assert deaths > 2
