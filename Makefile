@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CODE := src tests scripts bench
 DEMO := lora replay llaca
+ARGS ?=  # overrides for the demo, such as ARGS="optim.steps=5"
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help venv demo test test-all check format bench docs pocket-table $(DEMO:%=demo-%)
@@ -28,7 +29,7 @@ demo: venv  ## three methods on the pocket stream, two at a time; matrices and r
 	@$(BIN)/retain report $(DEMO:%=runs/demo/%) --out runs/demo/report.html
 
 $(DEMO:%=demo-%): demo-%: venv
-	@$(BIN)/retain run recipes/pocket/$*.yaml out=runs/demo/$* 2>&1 | sed -u 's/^/[$*] /'
+	@$(BIN)/retain run recipes/pocket/$*.yaml out=runs/demo/$* $(ARGS) 2>&1 | sed -u 's/^/[$*] /'
 
 test: venv  ## the default suite
 	$(BIN)/python -m pytest

@@ -13,7 +13,9 @@ from retain.stream import Stream, Task
 from retain.train import Optim, fit
 
 
-def run(parts: list[str], base: object, processor: object, size: Size, how: Optim) -> tuple[Took, list[float]]:
+def run(
+    parts: list[str], base: object, processor: object, size: Size, how: Optim
+) -> tuple[Took, list[float]]:
     """Learn a first task in two steps, then time the second."""
     model, of = common.ours(base, processor, size), common.task(size)
     losses: list[float] = []
