@@ -29,7 +29,7 @@ demo: venv  ## three methods on the pocket stream, two at a time; matrices and r
 	@$(BIN)/retain report $(DEMO:%=runs/demo/%) --out runs/demo/report.html
 
 $(DEMO:%=demo-%): demo-%: venv
-	@$(BIN)/retain run recipes/pocket/$*.yaml out=runs/demo/$* $(ARGS) 2>&1 | sed -u 's/^/[$*] /'
+	@$(BIN)/retain run recipes/pocket/$*.yaml out=runs/demo/$* $(ARGS) 2>&1 | sed -u -e '/^eval /d' -e 's/^/[$*] /'
 
 test: venv  ## the default suite
 	$(BIN)/python -m pytest
