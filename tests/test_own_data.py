@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import own_data
+from retain import export
 from retain.cli import app
 from retain.store import read_jsonl
 
@@ -93,8 +97,27 @@ def test_export_peft_and_merged(finished: tuple[Path, str], tmp_path: Path) -> N
     assert "logits checked" in good("export", run, "--to", tmp_path / "peft")
     head = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert head["peft_type"] == "LORA" and head["r"] == 4
+    saved = load_file(next((run / "rows/02-paint/adapters").glob("*.safetensors")))
+    written = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    for key, tensor in saved.items():
+        if "lora_" in key:
+            assert torch.equal(tensor, written[f"base_model.model.{key}.weight"])
     said = good("export", run, "--after", 1, "--merged", "--to", tmp_path / "merged")
     assert "after colour" in said and (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_an_export_with_other_logits_is_refused(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(bank: Any, mix: Any, folder: Path, base: str) -> Path:
+        name = next(iter(mix.names))
+        bank.load(name, {key: 1.5 * tensor + 0.05 for key, tensor in bank.state(name).items()})
+        return save_peft(bank, mix, folder, base)
+
+    save_peft = export.save_peft
+    monkeypatch.setattr(export, "save_peft", wrong)
+    result = call("export", finished[0].parent / "run", "--to", tmp_path / "peft")
+    assert result.exit_code == 2 and "logits differ" in result.output and "not usable" in result.output
 
 
 def test_a_merged_checkpoint_is_a_base_of_its_own(finished: tuple[Path, str], tmp_path: Path) -> None:
