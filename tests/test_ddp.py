@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 def launched(folder: Path, *launcher: str) -> None:
     command = [sys.executable, "-m", *launcher, str(HERE / "ddp_worker.py"), str(folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, env=env, cwd=HERE, timeout=500, check=False
     )

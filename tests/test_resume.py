@@ -92,11 +92,11 @@ def test_killed_again_and_again(
     while server(tmp_path / "run", **{moment: rng.randint(4, 30)})["signal"] == KILLED:
         deaths += 1
         assert deaths < 100
-    assert deaths > 2
+    assert deaths > 1
     same(tmp_path / "run", truth)
 
 
-@pytest.mark.parametrize("nth", [1, 5, 20])
+@pytest.mark.parametrize("nth", [4, 5, 15])
 def test_killed_in_the_middle_of_a_line(
     server: Server, truth: tuple[dict[str, bytes], int], tmp_path: Path, nth: int
 ) -> None:
