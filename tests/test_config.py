@@ -194,3 +194,15 @@ def test_a_broken_plugin_is_named(recipe: Path) -> None:
     (recipe.parent / "broken_plugin.py").write_text("import nothing_of_that_name")
     with pytest.raises(RetainError, match=r"broken_plugin\.py: ModuleNotFoundError"):
         config.load(recipe, ["plugins=[broken_plugin.py]"]).build_method()
+
+
+def test_a_choice_is_scored_on_the_validation_split(tmp_path: Path) -> None:
+    path = tmp_path / "choose.yaml"
+    path.write_text(
+        "model: pocket\nstream: {pocket: {order: [digits], n_train: 4, n_test: 3, n_valid: 2}}\nmethod: lora\n"
+    )
+    plain, chosen = config.load(path).build_stream(), config.load(path, ["eval.split=valid"]).build_stream()
+    assert [e.id for e in chosen[0].test] == [e.id for e in plain[0].valid] != [e.id for e in plain[0].test]
+    assert chosen.name == "pocket (valid)" and not chosen[0].valid
+    with pytest.raises(RetainError, match=r"no validation examples in \['digits'\]"):
+        config.load(path, ["eval.split=valid", "stream.pocket.n_valid=0"]).build_stream()

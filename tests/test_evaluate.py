@@ -136,6 +136,7 @@ def test_options_are_checked() -> None:
         ({"batch_size": 0}, "batch_size"),
         ({"precision": "fp8"}, "precision"),
         ({"thumbnails": -1}, "thumb"),
+        ({"split": "train"}, "split"),
     ):
         with pytest.raises(RetainError, match=f"eval.{said}"):
             EvalOptions(**wrong)  # type: ignore[arg-type]

@@ -127,8 +127,10 @@ class Recipe:
         """The benchmark by name, or the user's own files, read and checked."""
         where = f"{self.path}: stream"
         if "tasks" in self.stream:
-            return _from_files(fill(FilesSpec, self.stream, where), where)
-        return _benchmark(self.stream, where)
+            stream = _from_files(fill(FilesSpec, self.stream, where), where)
+        else:
+            stream = _benchmark(self.stream, where)
+        return stream.on_valid() if self.eval.split == "valid" else stream
 
     def build_model(self, device: torch.device | None = None) -> Model:
         """The base model with this recipe's adapters. A Hub id is the only thing ever downloaded."""

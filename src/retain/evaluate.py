@@ -29,17 +29,23 @@ from retain.types import RetainError, digest
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How cells are evaluated. `batch_size` changes speed, not answers."""
+    """How cells are evaluated. `batch_size` changes speed, not answers.
+
+    `split`: `test`, or `valid` for choosing a hyper-parameter (never choose on `test`).
+    """
 
     batch_size: int = 64
     precision: str = "fp32"
     thumbnails: int = 100
+    split: str = "test"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise RetainError(f"eval.batch_size: must be at least 1, not {self.batch_size}")
         if self.precision not in ("fp32", "bf16"):
             raise RetainError(f"eval.precision: {self.precision!r} is none of ['fp32', 'bf16']")
+        if self.split not in ("test", "valid"):
+            raise RetainError(f"eval.split: {self.split!r} is none of ['test', 'valid']")
         if self.thumbnails < 0:
             raise RetainError(f"eval.thumbnails: must not be negative, is {self.thumbnails}")
 

@@ -6,7 +6,7 @@ A `Stream` is a sequence of `Task`s with a name. `Score` is a protocol so that a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from retain.types import Example, Examples, RetainError, digest
@@ -83,3 +83,16 @@ class Stream(Sequence[Task]):
     def ordered(self, names: Sequence[str]) -> Stream:
         """The same stream with its tasks in another order (a subset is allowed)."""
         return Stream(self.name, tuple(self.named(n) for n in names), self.unseen)
+
+    def on_valid(self) -> Stream:
+        """The same stream scored on its `valid` examples, for choosing a hyper-parameter; `test` stays unseen."""
+        without = [t.name for t in self.all if not len(t.valid)]
+        if without:
+            raise RetainError(
+                f"stream {self.name!r}: no validation examples in {without}, so eval.split must be 'test'"
+            )
+
+        def swap(tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+            return tuple(replace(t, test=t.valid, valid=()) for t in tasks)
+
+        return Stream(f"{self.name} (valid)", swap(self.tasks), swap(self.unseen))
