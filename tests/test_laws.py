@@ -43,6 +43,12 @@ SPECS: dict[str, Any] = {
     "llaca always": ["lora", {"llaca": {"first_task": True, "log_every": 2}}],
     "llaca paper": ["lora", {"llaca": {"variant": "paper"}}],
     "llaca bounded": ["lora", {"llaca": {"variant": "bounded"}}],
+    "hide": {"hide": {"temperature": 0.5}},
+    "hide delta_sum, merge all": {"hide": {"fusion": "delta_sum", "top_k": 0, "anchor_samples": 5}},
+    "hide expand all, cold": {"hide": {"top_k": 2, "temperature": 0.0}},
+    "disco": {"disco": {"tau": 2.0}},
+    "disco shared": {"disco": {"tau": 0.8, "image_weight": 0.5, "eps": 0.3, "token_samples": 7}},
+    "hide + replay": ["hide", {"replay": {"size": 5}}],
     "instruction_groups": "instruction_groups",
     "instruction_groups warm": {
         "instruction_groups": {"init": "previous", "text": "question", "match": "max"}
@@ -226,10 +232,16 @@ def test_routes_do_not_depend_on_the_batch(name: str) -> None:
             assert _weights(together, i) == _weights(alone, 0)
 
 
-def _weights(mix: Any, i: int) -> dict[str, float] | None:
+def _weights(mix: Any, i: int) -> dict[tuple[int | None, str], float] | None:
+    """The weights of sample i at every layer that has its own, and elsewhere (None)."""
     if mix is None:
         return None
-    plain = {n: float(w[i]) if isinstance(w, Tensor) and w.ndim else float(w) for n, w in mix.weights.items()}
+    layers = {None: mix.weights, **mix.by_layer}
+    plain = {
+        (layer, n): float(w[i]) if isinstance(w, Tensor) and w.ndim else float(w)
+        for layer, weights in layers.items()
+        for n, w in weights.items()
+    }
     return {n: w for n, w in plain.items() if w}
 
 

@@ -191,7 +191,14 @@ def _plain(weight: float | Tensor) -> Any:
 
 
 def _weights(mix: Mix, k: int) -> Mapping[str, float]:
-    """The weights above zero that sample k of a batch was answered with, rounded for the file."""
-    plain = {name: _plain(w) for name, w in mix.weights.items()}
+    """The weights above zero that sample k of a batch was answered with, rounded for the file.
+
+    Where only some layers tell the samples apart, theirs.
+    """
+    layers = (mix.weights, *mix.by_layer.values())
+    told = next(
+        (ws for ws in layers if any(not isinstance(_plain(w), float) for w in ws.values())), mix.weights
+    )
+    plain = {name: _plain(w) for name, w in told.items()}
     rounded = {n: round(float(w[k]) if isinstance(w, Tensor) else w, 4) for n, w in plain.items()}
     return {n: w for n, w in rounded.items() if w}

@@ -1,6 +1,8 @@
-"""What several methods need and none owns: names of adapters, one mix out of a choice per sample."""
+"""What several methods need and none owns: names of adapters, features of tasks, one mix out of a choice per
+sample.
+"""
 
-# B batch
+# B batch, F image features, D text features, K tasks
 
 from __future__ import annotations
 
@@ -9,8 +11,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from retain.adapters.bank import AdapterBank, Mix, Weight
+from retain.method import Context
+from retain.models.base import Model
+from retain.stream import Stream
+from retain.types import Guide, RetainError
 
 
 def slug(text: str) -> str:
@@ -48,3 +55,57 @@ def take(n_of: int, n: int, rng: torch.Generator) -> list[int]:
 def as_shadow(p: Tensor) -> Tensor:
     """An fp32 copy: averages live in fp32, since a 1 % step is below what bf16 resolves."""
     return p.detach().to(torch.float32, copy=True)
+
+
+# -- routing by frozen features ------------------------------------------------------------------------------
+
+
+def similarity(
+    guide: Guide, image_KF: Tensor, text_KD: Tensor, image_weight: float, text_weight: float
+) -> Tensor:
+    """Weighted sum of the cosines of every sample with every task's anchors: (B, K). Row by row."""
+    image_BK = (guide.image_BF[:, None] * F.normalize(image_KF, dim=-1)).sum(-1)
+    text_BK = (guide.text_BD[:, None] * F.normalize(text_KD, dim=-1)).sum(-1)
+    return image_weight * image_BK + text_weight * text_BK
+
+
+@torch.no_grad()
+def mean_features(ctx: Context, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean image (F,) and text (D,) features of rows of the task's training set.
+
+    Sums in fp32 over batches and a division at the end: it starts from nothing and never stops moving, whatever
+    the batch size and the number of rows (a bf16 counter ends at 8,192).
+    """
+    image, text = [], []
+    for i in range(0, len(rows), ctx.batch_size):
+        examples = [ctx.task.train[r] for r in rows[i : i + ctx.batch_size]]
+        guide = ctx.model.guide(ctx.model.collate(examples, answers=False))
+        image.append(guide.image_BF.float().sum(0))
+        text.append(guide.text_BD.float().sum(0))
+    return torch.stack(image).sum(0) / len(rows), torch.stack(text).sum(0) / len(rows)
+
+
+def check_guide(model: Model, stream: Stream, who: str) -> None:
+    """Raise RetainError if the model gives no features of this stream's samples to route by."""
+    for task in stream:
+        for example in task.train[:1]:
+            try:
+                model.guide(model.collate([example], answers=False))
+            except RetainError as error:
+                raise RetainError(f"{who}: it routes by frozen features, and {error}") from None
+
+
+def check_language_only(bank: AdapterBank, who: str) -> None:
+    """Raise RetainError if there is LoRA outside the language model's layers, which a mix by layer cannot name."""
+    outside = [path for path, site in bank.sites.items() if site.group == "lora" and site.layer is None]
+    if outside:
+        raise RetainError(
+            f"{who}: adapter.targets puts LoRA on {outside[0]!r}, outside the language model's layers; "
+            "use targets: language"
+        )
+
+
+def carry_projector(bank: AdapterBank, old: str, new: str) -> None:
+    """The projector of one adapter into another: it is trained through the whole stream."""
+    trained = {k: t for k, t in bank.state(old).items() if bank.group(k) == "projector"}
+    bank.load(new, {**bank.state(new), **trained})

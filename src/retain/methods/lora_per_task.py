@@ -23,19 +23,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from retain.adapters.bank import Mix
 from retain.method import Context, Method, register
-from retain.methods._parts import one_of, slug, take
+from retain.methods._parts import check_guide, mean_features, one_of, similarity, slug, take
+from retain.models.base import Model
+from retain.stream import Stream
 from retain.types import Batch, Guide, RetainError
-
-
-def similarity(guide: Guide, image_KF: Tensor, text_KD: Tensor, image_weight: float) -> Tensor:
-    """Weighted cosines of every sample with every task's anchors: (B, K). Row by row."""
-    image_BK = (guide.image_BF[:, None] * F.normalize(image_KF, dim=-1)).sum(-1)
-    text_BK = (guide.text_BD[:, None] * F.normalize(text_KD, dim=-1)).sum(-1)
-    return image_weight * image_BK + (1 - image_weight) * text_BK
 
 
 @register
@@ -68,6 +62,10 @@ class LoraPerTask(Method):
     def owns(self, hook: str) -> list[str]:
         return [] if hook == "route" and self.router == "none" else super().owns(hook)
 
+    def check(self, model: Model, stream: Stream) -> None:
+        if self.router == "guide":
+            check_guide(model, stream, self.name)
+
     def adapt(self, ctx: Context) -> Mix:
         bank, task = ctx.model.adapters, ctx.task.name
         if task not in self.adapter_of:
@@ -78,20 +76,14 @@ class LoraPerTask(Method):
         bank.train_only(self.adapter_of[task])
         return Mix({self.adapter_of[task]: 1.0})
 
-    @torch.no_grad()
     def end_task(self, ctx: Context) -> None:
         if self.router != "guide":
             return
         rows = take(len(ctx.task.train), self.anchor_samples, ctx.rng("lora_per_task-anchor"))
-        image, text = [], []
-        for i in range(0, len(rows), ctx.batch_size):
-            examples = [ctx.task.train[r] for r in rows[i : i + ctx.batch_size]]
-            guide = ctx.model.guide(ctx.model.collate(examples, answers=False))
-            image.append(guide.image_BF.float().sum(0))
-            text.append(guide.text_BD.float().sum(0))
+        image_F, text_D = mean_features(ctx, rows)
         name = self.adapter_of[ctx.task.name]
-        self.image_anchor = {**self.image_anchor, name: torch.stack(image).sum(0) / len(rows)}
-        self.text_anchor = {**self.text_anchor, name: torch.stack(text).sum(0) / len(rows)}
+        self.image_anchor = {**self.image_anchor, name: image_F}
+        self.text_anchor = {**self.text_anchor, name: text_D}
 
     def route(self, ctx: Context, batch: Batch) -> Mix | None:
         if self.router == "oracle":
@@ -100,7 +92,7 @@ class LoraPerTask(Method):
         if self.router == "last" or not self.image_anchor:
             return None
         names = list(self.image_anchor)
-        score_BK = self._scores(ctx.model.guide(batch), names)
+        score_BK = self._scores(ctx.model.guide(batch), names).to(ctx.model.device)
         if not self.temperature:
             return one_of([names[k] for k in score_BK.argmax(-1).tolist()], score_BK.device)
         w_BK = torch.softmax(score_BK / self.temperature, dim=-1)
@@ -110,4 +102,4 @@ class LoraPerTask(Method):
         device = guide.text_BD.device
         anchors = (self.image_anchor, self.text_anchor)
         image_KF, text_KD = (torch.stack([a[n] for n in names]).to(device) for a in anchors)
-        return similarity(guide, image_KF, text_KD, self.image_weight)
+        return similarity(guide, image_KF, text_KD, self.image_weight, 1 - self.image_weight)
