@@ -208,7 +208,7 @@ def _head(path: Path) -> Record:
 
 
 def _in_order(path: Path, tasks: list[str]) -> list[str]:
-    """The tasks in the order in which the zero-shot row evaluated them; data.json is sorted by name."""
+    """The tasks in the order in which the zero-shot row evaluated them."""
     events = path / "events.jsonl"
     cells = [e for e in read_events(events) if e.get("kind") == "cell"] if events.is_file() else []
     seen = list(dict.fromkeys(str(e.get("task")) for e in cells))
