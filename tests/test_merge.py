@@ -1,0 +1,423 @@
+"""Mergers: laws over all of them, equality with the papers' formulas, and with PEFT where PEFT is right."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from reference import merge as reference
+from retain.merge import MERGERS, chunks, copa, lorahub, merger, ties
+from retain.merge.axes import by_rank, largest, random, shared_basis
+from retain.merge.mergers import mass_ratio
+from retain.merge.parts import Low, inner, split, svd, truncated
+from retain.types import RetainError
+
+State = dict[str, Tensor]
+# Parameters with which nothing is pruned and nothing scaled: then one adapter is itself.
+NEUTRAL: dict[str, dict[str, Any]] = {
+    "average": {}, "coma": {}, "task_arithmetic": {}, "svd": {}, "fisher": {},
+    "task_arithmetic factors": {"space": "factors"},
+    "magnitude_prune": {"density": 1.0}, "ties": {"density": 1.0}, "ties frequency": {"density": 1.0, "signs": "frequency"},
+    "ties factors": {"density": 1.0, "space": "factors"}, "ties knots": {"density": 1.0, "space": "knots"},
+    "dare": {"density": 1.0}, "dare_ties": {"density": 1.0}, "della": {"density": 1.0, "lam": 1.0},
+    "knots_ties": {"density": 1.0, "lam": 1.0}, "knots_dare_ties": {"density": 1.0, "lam": 1.0},
+    "copa": {"density": 1.0, "lam": 1.0}, "copa product": {"density": 1.0, "lam": 1.0, "form": "product"},
+}  # fmt: skip
+# The methods as they are used, with what they prune and draw.
+USED: dict[str, dict[str, Any]] = {
+    **{n: {} for n in MERGERS if n not in ("slerp", "fisher")},
+    "ties factors": {"space": "factors"}, "dare knots": {"space": "knots"},
+    "copa product": {"form": "product", "floor": 0.8},
+    "copa plain": {"scale": False, "normalise": False}, "della sum": {"signs": "sum"},
+    "pcb factors": {"space": "factors"}, "ties frequency": {"signs": "frequency"},
+}  # fmt: skip
+
+
+def noise(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def state(seed: int, rank: int = 4) -> State:
+    """Two LoRA modules and a projector with a bias."""
+    return {
+        "layers.0.q.lora_A": noise(rank, 10, seed=10 * seed), "layers.0.q.lora_B": noise(12, rank, seed=10 * seed + 1),
+        "layers.1.q.lora_A": noise(rank, 10, seed=10 * seed + 2), "layers.1.q.lora_B": noise(12, rank, seed=10 * seed + 3),
+        "projector.weight": noise(6, 7, seed=10 * seed + 4), "projector.bias": noise(6, seed=10 * seed + 5),
+    }  # fmt: skip
+
+
+def changes(s: State) -> State:
+    """What a state does, whatever its factors are."""
+    return {path: p.dense() if isinstance(p, Low) else p for path, p in split(s).items()}
+
+
+def same(a: State, b: State, tolerance: float = 1e-5) -> None:
+    left, right = changes(a), changes(b)
+    assert left.keys() == right.keys()
+    for path in left:
+        torch.testing.assert_close(left[path], right[path], atol=tolerance, rtol=tolerance, msg=path)
+
+
+def scaled(s: State, c: float) -> State:
+    return {k: v if k.endswith("lora_A") else c * v for k, v in s.items()}
+
+
+def call(name: str, states: list[State], weights: Any = None, **params: Any) -> State:
+    of = merger(name.split(maxsplit=1)[0])
+    if of.per_module:
+        params["fishers"] = [{k: torch.ones_like(v) for k, v in s.items()} for s in states]
+    return of(states, weights, **params)
+
+
+# -- laws ------------------------------------------------------------------------------------------------
+
+
+def test_every_merger_is_in_the_battery() -> None:
+    assert {n.split()[0] for n in NEUTRAL} | {"slerp", "pcb"} == set(MERGERS)
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_one_adapter_with_weight_one_is_the_identity(name: str) -> None:
+    same(call(name, [state(1)], keep="cat", **NEUTRAL[name]), state(1))
+
+
+@pytest.mark.parametrize("name", [n for n in USED if n != "coma"])
+def test_the_order_of_adapters_does_not_matter(name: str) -> None:
+    states, weights = [state(1), state(2), state(3)], [1.0, 0.5, 2.0]
+    ours = call(name, states, weights, keep="cat", **USED[name])
+    same(ours, call(name, states[::-1], weights[::-1], keep="cat", **USED[name]), 1e-4)
+
+
+def test_slerp_turned_round_is_itself() -> None:
+    a, b = call("slerp", [state(1), state(2)], [0.3, 0.7]), call("slerp", [state(2), state(1)], [0.7, 0.3])
+    same(a, b)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in USED if not n.startswith("pcb") and not n.startswith(("dare", "della", "knots_dare"))]
+)
+def test_scaling_the_adapters_scales_the_result(name: str) -> None:
+    """Except PCB, whose tanh has a scale, and what is drawn from the adapters' own numbers."""
+    states = [state(1), state(2)]
+    both = [call(name, s, keep="cat", **USED[name]) for s in (states, [scaled(s, 3.0) for s in states])]
+    same(scaled(both[0], 3.0), both[1], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["magnitude_prune", "dare", "della"])
+def test_density_one_is_task_arithmetic(name: str) -> None:
+    more = {"signs": "sum", "lam": 1.0} if name == "della" else {}
+    states = [state(1), state(2), state(3)]
+    whole = call("task_arithmetic", states, [1.0, -0.5, 2.0])
+    same(call(name, states, [1.0, -0.5, 2.0], keep="cat", density=1.0, **more), whole)
+    same(call("svd", states, [1.0, -0.5, 2.0], rank=12), whole)
+
+
+@pytest.mark.parametrize("N", [2, 8])
+def test_identical_adapters(N: int) -> None:
+    one = state(1)
+    alone = {f: call("copa", [one], density=0.4, lam=1.0, form=f) for f in ("sum", "product")}
+    lora = [k for k in one if "layers" in k]
+    B_A = changes({k: alone["sum"][k] for k in lora})
+    for form, factor in (("sum", 2.0), ("product", 4.0 * N)):  # lam, and 4 N as the release gives
+        got = changes(call("copa", [one] * N, density=0.4, form=form))
+        for path, want in B_A.items():
+            torch.testing.assert_close(got[path], factor * want, rtol=1e-4, atol=1e-4)
+    same(call("average", [one] * N), one)
+    same(call("ties", [one] * N, density=1.0, keep="cat"), one)
+    same(call("slerp", [one, one]), one)
+    same(call("coma", [one] * N), one)
+    same(call("knots_ties", [one] * N, density=1.0, lam=1.0), one)
+    same(call("task_arithmetic", [one] * N), scaled(one, N))
+    same(call("task_arithmetic", [one] * N, space="factors"), _squared(one, N))
+
+
+def _squared(s: State, N: int) -> State:
+    """(sum B)(sum A) of N copies is N^2 B A: the cross terms."""
+    return {
+        k: v * (1 if k.endswith("lora_A") else N * N if k.endswith("lora_B") else N) for k, v in s.items()
+    }
+
+
+def test_an_adapter_of_weight_zero_has_no_vote() -> None:
+    states = [state(1), state(2), state(3)]
+    for name in ("ties", "ties frequency", "knots_ties", "copa plain", "task_arithmetic", "average"):
+        if name == "knots_ties":  # the basis is that of all adapters
+            continue
+        same(
+            call(name, states, [1, 1, 0], keep="cat", **USED.get(name, {})),
+            call(name, states[:2], keep="cat", **USED.get(name, {})),
+        )
+
+
+@pytest.mark.parametrize("name", ["dare", "dare_ties", "della", "knots_dare_ties"])
+def test_the_seed_owns_the_draw(name: str) -> None:
+    states = [state(1), state(2)]
+    before = torch.get_rng_state()
+    runs = [call(name, states, seed=s, density=0.5, keep="cat") for s in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
+    assert any(not torch.equal(a, b) for a, b in zip(changes(runs[0]).values(), changes(runs[2]).values()))
+    twins = changes(call("dare", [states[0], states[0]], density=0.5, keep="cat"))["projector.weight"]
+    alone = changes(call("dare", [states[0]], density=0.5, keep="cat"))["projector.weight"]
+    assert not torch.allclose(twins, 2 * alone)  # equal adapters are drawn apart
+
+
+def test_different_ranks_mix() -> None:
+    states = [state(1, 2), state(2, 5)]
+    for name, params in USED.items():
+        if "factors" in name:
+            with pytest.raises(RetainError, match=r"layers.0.q.*equal ranks, not \[2, 5\]"):
+                call(name, states, **params)
+        else:
+            call(name, states, **params)
+
+
+# -- formulas --------------------------------------------------------------------------------------------
+
+
+def factors(states: list[State], path: str = "layers.0.q") -> list[tuple[Any, Any]]:
+    return [(s[f"{path}.lora_B"].tolist(), s[f"{path}.lora_A"].tolist()) for s in states]
+
+
+def got(s: State, path: str = "layers.0.q") -> Tensor:
+    return changes(s)[path]
+
+
+@pytest.mark.parametrize("density", [0.3, 0.6])
+def test_copa_equals_both_published_forms(density: float) -> None:
+    states = [state(1), state(2), state(3)]
+    assert all(
+        (mass_ratio(s["layers.0.q.lora_A"], largest(s["layers.0.q.lora_A"], density)) > 0).all()
+        for s in states
+    )
+    want = torch.tensor(reference.copa_sum(factors(states), density, 2.0))
+    torch.testing.assert_close(got(copa(states, density=density)), want, atol=1e-4, rtol=1e-4)
+    for floor in (0.0, 0.8):
+        want = torch.tensor(reference.copa_product(factors(states), density, 2.0, floor))
+        ours = got(copa(states, density=density, form="product", floor=floor))
+        torch.testing.assert_close(ours, want, atol=1e-4, rtol=1e-4)
+    mean = sum(s["projector.weight"] for s in states) / 3
+    torch.testing.assert_close(copa(states)["projector.weight"], mean)
+
+
+def test_copa_survives_rows_that_are_pruned_whole() -> None:
+    """Row norms from 1.0 to 0.3, as the specification counts: rows vanish, and the formula would be 0/0."""
+    size = torch.linspace(1, 0.3, 16)[:, None]
+    states = [
+        {"m.lora_A": noise(16, 64, seed=i).sign() * size, "m.lora_B": noise(20, 16, seed=9 + i)}
+        for i in (1, 2)
+    ]
+    kept = largest(states[0]["m.lora_A"], 0.2)
+    assert (kept.abs().sum(1) == 0).sum() >= 5
+    for form in ("sum", "product"):
+        for floor in (0.0, 0.8):
+            out = copa(states, form=form, floor=floor)
+            assert torch.isfinite(changes(out)["m"]).all() and changes(out)["m"].abs().max() > 0
+    S = mass_ratio(states[0]["m.lora_A"], kept, floor=0.8)
+    assert (S[kept.abs().sum(1) == 0] == 0).all()
+
+
+def test_the_released_product_is_cross_terms() -> None:
+    """Independent adapters: cosine about 1/sqrt(N) with the exact sum, norm about sqrt(N) times (spec 1.4)."""
+    N = 8
+    states = [{"m.lora_A": noise(16, 200, seed=i), "m.lora_B": noise(220, 16, seed=50 + i)} for i in range(N)]
+    exact, released = (changes(copa(states, form=f, lam=1.0))["m"] for f in ("sum", "product"))
+    cosine = inner(exact, released) / math.sqrt(inner(exact, exact) * inner(released, released))
+    assert cosine == pytest.approx(1 / math.sqrt(N), abs=0.03)
+    assert released.norm() / exact.norm() == pytest.approx(math.sqrt(N), rel=0.05)
+
+
+@pytest.mark.parametrize("how", ["total", "frequency"])
+def test_ties_equals_the_formula(how: Any) -> None:
+    states = [state(1), state(2), state(3)]
+    taus = [changes(s)["layers.1.q"].tolist() for s in states]
+    want = torch.tensor(reference.ties(taus, 0.3, 0.7, how))
+    torch.testing.assert_close(
+        got(ties(states, density=0.3, lam=0.7, signs=how, keep="cat"), "layers.1.q"),
+        want,
+        atol=1e-5,
+        rtol=1e-4,
+    )
+
+
+def test_pcb_slerp_and_fisher_equal_their_formulas() -> None:
+    states = [state(1), state(2)]
+    flat = [s["projector.weight"].flatten().tolist() for s in states]
+    want = torch.tensor(reference.pcb(flat, 0.3, 1.2, 0.02)).view(6, 7)
+    torch.testing.assert_close(
+        call("pcb", states, ratio=0.3, clip=0.02)["projector.weight"], want, atol=1e-5, rtol=1e-4
+    )
+    want = torch.tensor(reference.slerp(*flat, 0.3)).view(6, 7)
+    torch.testing.assert_close(call("slerp", states, [0.7, 0.3])["projector.weight"], want)
+    low = [changes(s)["layers.0.q"].flatten().tolist() for s in states]
+    torch.testing.assert_close(
+        got(call("slerp", states, [2, 2])).flatten(),
+        torch.tensor(reference.slerp(*low, 0.5)),
+        atol=1e-5,
+        rtol=1e-4,
+    )
+    F = [{k: noise(*v.shape, seed=70 + i).square() for k, v in s.items()} for i, s in enumerate(states)]
+    for f in F:
+        f["projector.weight"][0] = 0.0  # frozen rows: the mean by weights, not 0/0
+    merged = merger("fisher")(states, [0.6, 0.4], fishers=F)
+    for key in ("projector.weight", "layers.0.q.lora_A", "layers.0.q.lora_B"):
+        old, new, f, g = (t[key].flatten().tolist() for t in (*states, *F))
+        want = torch.tensor(reference.cofima(old, new, f, g, 0.4)).view(merged[key].shape)
+        torch.testing.assert_close(merged[key], want)
+
+
+def test_equal_fishers_give_coma_and_two_quadratics_their_joint_minimum() -> None:
+    states = [state(1), state(2)]
+    ours, want = (
+        changes(s)["projector.weight"] for s in (call("fisher", states, [0.6, 0.4]), call("coma", states))
+    )
+    torch.testing.assert_close(ours, want)
+    merged = merger("fisher")(
+        [{"w.x": torch.tensor([0.0, 0.0])}, {"w.x": torch.tensor([1.0, 1.0])}], [0.6, 0.4],
+        fishers=[{"w.x": torch.tensor([10.0, 0.1])}, {"w.x": torch.tensor([0.1, 10.0])}],
+    )["w.x"]  # fmt: skip
+
+    def joint(x: Tensor) -> float:
+        return float((torch.tensor([10, 0.1]) * x**2 + torch.tensor([0.1, 10]) * (x - 1) ** 2).sum())
+
+    coma = joint(torch.full((2,), 0.4))
+    assert joint(merged) == pytest.approx(0.198, abs=5e-3) and coma == pytest.approx(5.25, abs=0.01)
+
+
+def test_the_elements_of_pruning() -> None:
+    t = noise(30, 40, seed=3)
+    assert int((largest(t, 0.25) != 0).sum()) == 300
+    assert torch.equal(largest(t, 1.0), t) and not largest(t, 0.0).any()
+    many = torch.stack([random(t.clone(), 0.3, torch.Generator().manual_seed(s)) for s in range(400)])
+    torch.testing.assert_close(many.mean(0), t, atol=1.2, rtol=0)  # 4.5 sigma of the largest entry
+    assert float((many != 0).float().mean()) == pytest.approx(0.3, abs=0.002)
+    rows = torch.stack([by_rank(t, 0.7, 0.4, torch.Generator().manual_seed(s)) for s in range(800)])
+    p = torch.tensor([reference.keep_probabilities(r, 0.7, 0.4) for r in t.tolist()])
+    torch.testing.assert_close((rows != 0).float().mean(0), p, atol=0.09, rtol=0)  # 5 sigma
+    stays = rows != 0
+    torch.testing.assert_close(rows[stays], (t / p).expand_as(rows)[stays])
+
+
+def test_knots_is_the_svd_of_the_concatenation() -> None:
+    parts = [split(state(i))["layers.0.q"] for i in (1, 2)]
+    whole = torch.cat([p.dense() for p in parts], 1).double()
+    U, S, _ = np.linalg.svd(whole.numpy(), full_matrices=False)
+    for given in (parts, [p.dense() for p in parts]):  # factors, and dense changes
+        basis, coordinates = shared_basis(given)
+        assert basis.shape[1] == 8 == int((S > 1e-5).sum())
+        sizes = torch.cat(coordinates, 1).norm(dim=1)
+        torch.testing.assert_close(sizes.double(), torch.from_numpy(S[:8]), rtol=1e-4, atol=1e-4)
+        for p, C in zip(parts, coordinates):
+            torch.testing.assert_close(basis @ C, p.dense(), atol=1e-4, rtol=1e-4)
+        turned = (torch.from_numpy(U[:, :8]).T @ basis.double()).abs()
+        torch.testing.assert_close(turned, torch.eye(8, dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+# -- what is kept ----------------------------------------------------------------------------------------
+
+
+def test_truncation_is_the_best_and_its_error_is_true() -> None:
+    low = Low(noise(40, 6, seed=1), noise(6, 30, seed=2))
+    for part in (low, low.dense()):
+        small, error = truncated(part, 3)
+        U, S, Vh = torch.linalg.svd(low.dense(), full_matrices=False)
+        torch.testing.assert_close(small.dense(), (U[:, :3] * S[:3]) @ Vh[:3], atol=1e-4, rtol=1e-4)
+        assert error == pytest.approx(
+            float((low.dense() - small.dense()).norm() / low.dense().norm()), rel=1e-4
+        )
+    assert truncated(low, 6) == (low, 0.0)
+
+
+def test_the_large_decomposition_is_near_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flat spectrum (noise) is the hardest: within 1 % of the optimum's error."""
+    from retain.merge import parts
+
+    D = noise(300, 260, seed=5) + 3 * Low(noise(300, 5, seed=6), noise(5, 260, seed=7)).dense()
+    best = truncated(D, 20)[1]
+    monkeypatch.setattr(parts, "EXACT", 10)
+    small, error = truncated(D, 20)
+    assert error <= 1.01 * best
+    assert error == pytest.approx(float((D - small.dense()).norm() / D.norm()), rel=1e-4)
+    assert torch.equal(svd(D, 20)[0], svd(D, 20)[0])
+
+
+def test_results_are_kept_as_asked() -> None:
+    states = [state(1), state(2)]
+    run = merger("ties").run
+    exact = run(states, keep="cat")
+    assert exact.error == 0
+    same(exact.state, {k.replace("q.weight", "q"): v for k, v in run(states, keep="dense").state.items()})
+    assert run(states, keep="dense").state["layers.0.q.weight"].shape == (12, 10)
+    small = run(states, keep="svd", rank=2)
+    assert small.state["layers.0.q.lora_A"].shape == (2, 10) and small.errors["layers.0.q"] > 0.05
+    assert run(states).state["layers.0.q.lora_A"].shape == (8, 10)  # auto: the sum of ranks
+    assert call("svd", states)["layers.0.q.lora_A"].shape == (4, 10)
+    pieces = chunks(exact.parts, 4)
+    assert {p["layers.0.q.lora_A"].shape for p in pieces} == {(4, 10)}
+    summed = [changes(p) for p in pieces]
+    for path, want in changes(exact.state).items():
+        torch.testing.assert_close(sum(s[path] for s in summed), want, atol=1e-4, rtol=1e-4)
+
+
+def test_lorahub_finds_the_weights() -> None:
+    states = [state(1), state(2)]
+    goal = changes(call("task_arithmetic", states, [0.5, -0.25], space="deltas"))
+
+    def loss(s: State) -> float:
+        return sum(float((changes(s)[k] - v).square().mean()) for k, v in goal.items())
+
+    merged, w = lorahub(states, loss=loss, steps=200, l1=0.0, space="deltas")
+    assert w == pytest.approx([0.5, -0.25], abs=0.05)
+    same(merged, call("task_arithmetic", states, w))
+    assert lorahub(states, loss=loss, steps=5, seed=1)[1] == lorahub(states, loss=loss, steps=5, seed=1)[1]
+    assert lorahub(states, [0.5, -0.25], loss=loss, steps=1, space="deltas")[1] == [0.5, -0.25]
+    with pytest.raises(RetainError, match="not finite"):
+        lorahub(states, loss=lambda s: math.nan, steps=3)
+
+
+# -- errors ----------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_named() -> None:
+    good = state(1)
+    nan = {**good, "layers.1.q.lora_B": good["layers.1.q.lora_B"].clone()}
+    nan["layers.1.q.lora_B"][0, 0] = math.nan
+    small = {**good, "layers.0.q.lora_A": noise(4, 9, seed=1)}
+    gone = {k: v for k, v in good.items() if "layers.1" not in k}
+    cases: list[tuple[str, list[State], dict[str, Any]]] = [
+        (r"adapter 2: layers\.1\.q\.lora_B holds nan \(1 of 48", [good, nan], {}),
+        (r"adapter 2: layers\.0\.q is \(12, 9\), but adapter 1 has \(12, 10\)", [good, small], {}),
+        (r"adapter 2: layers\.1\.q is missing", [good, gone], {}),
+        (r"adapter 2: layers\.1\.q .* is not in adapter 1", [gone, good], {}),
+        (r"weights: 1 numbers for 2 adapters", [good, good], {"weights": [1.0]}),
+        (r"not all finite", [good, good], {"weights": [1.0, math.inf]}),
+        (r"keep: 'half' is none of", [good, good], {"keep": "half"}),
+        (r"no adapter to merge", [], {}),
+    ]
+    for told, states, more in cases:
+        with pytest.raises(RetainError, match=told):
+            merger("ties").run(states, **more)
+    with pytest.raises(RetainError, match=r"without lora_B"):
+        merger("ties")([{"a.lora_A": noise(2, 3, seed=1)}])
+    for bad, told in (
+        ({"densty": 1}, "did you mean 'density'"),
+        ({"density": 2.0}, r"in \[0, 1\], not 2"),
+        ({"density": "a"}, "'a' is no finite number"),
+        ({"signs": "x"}, "none of"),
+        ({"lam": True}, "True is no"),
+    ):
+        with pytest.raises(RetainError, match=told):
+            merger("ties").check(bad)
+    with pytest.raises(RetainError, match="slerp takes 2 adapters, not 3"):
+        merger("slerp")([good] * 3)
+    with pytest.raises(RetainError, match="did you mean 'ties'"):
+        merger("tise")
+    with pytest.raises(RetainError, match="positive sum"):
+        merger("average")([good, good], [1.0, -1.0])
+    with pytest.raises(RetainError, match="fisher needs fishers"):
+        merger("fisher").check({})
