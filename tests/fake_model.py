@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retain.adapters.lora import LoraSpec, attach
+from retain.adapters.kinds import Spec, attach
+from retain.adapters.lora import LoraSpec
+from retain.adapters.prompt import prompts_of
 from retain.method import Context
 from retain.stream import Stream, Task
 from retain.types import Batch, Example, Guide, Message, Output, digest
@@ -42,7 +44,7 @@ class Net(nn.Module):
 class FakeModel(nn.Module):
     """The `Model` protocol on a thousand weights."""
 
-    def __init__(self, spec: LoraSpec | None = None) -> None:
+    def __init__(self, spec: Spec | None = None) -> None:
         super().__init__()
         net, rng = Net(), torch.Generator().manual_seed(5)
         for p in net.parameters():
@@ -51,8 +53,9 @@ class FakeModel(nn.Module):
         self.probe_text = torch.randn(VOCAB, 7, generator=rng)
         self.net = net
         self.adapters = attach(
-            net, spec or LoraSpec(rank=2, alpha=4.0), language="language", projector=("projector",)
-        )
+            net, spec or LoraSpec(rank=2, alpha=4.0), language="language", projector=("projector",),
+            embed=net.language.embed, width=lambda: 5 + 7,
+        )  # fmt: skip
         self.n_layers = 2
         self.device = torch.device("cpu")
 
@@ -88,9 +91,16 @@ class FakeModel(nn.Module):
         with self.adapters.images(torch.arange(len(ids))):
             x = self.net.language.embed(ids) * mask[..., None]
             x = torch.cat([x[:, :1] + self.net.projector(pixels)[:, None], x[:, 1:]], dim=1)
+            site, first = prompts_of(self.adapters), torch.ones(len(ids), dtype=torch.long)
+            places = site.places(self.adapters.mix, mask.long(), first, left=False) if site else None
+            if site and places:  # behind the first token, which stands for BOS
+                x, mask = site.fill(x, places), places.real_BS.float()
             h = x.cumsum(1) / mask.cumsum(1).clamp(min=1)[..., None] + x
             for layer in self.net.language.layers:
                 h = h + torch.tanh(layer["up"](h))
+            if places:  # back to the columns of the ids
+                column = torch.arange(ids.shape[1]) + (torch.arange(ids.shape[1]) > 0) * places.n_B[:, None]
+                h = h.gather(1, column.clamp(max=h.shape[1] - 1)[..., None].expand(-1, -1, WIDTH))
         return h @ self.net.language.embed.weight.t()
 
     def forward(self, batch: Batch) -> Output:

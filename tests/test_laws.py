@@ -17,7 +17,10 @@ from torch import Tensor
 
 from fake_model import FakeModel, context, stream
 from retain import continual
+from retain.adapters.kinds import Spec
 from retain.adapters.lora import LoraSpec
+from retain.adapters.moe import MoeSpec
+from retain.adapters.prompt import PromptSpec
 from retain.continual import Silent, run
 from retain.method import Method, Stack, available, build
 from retain.store import RunDir, load_state, save_state
@@ -53,6 +56,10 @@ SPECS: dict[str, Any] = {
     "instruction_groups warm": {
         "instruction_groups": {"init": "previous", "text": "question", "match": "max"}
     },
+    "modal_prompt": "modal_prompt",
+    "modal_prompt + replay": ["modal_prompt", {"replay": {"size": 7}}],
+    "moe_lora": "moe_lora",
+    "moe_lora, ewc, replay": ["moe_lora", {"ewc": {"n_samples": 3}}, {"replay": {"size": 5}}],
     "groups + llaca": ["instruction_groups", "llaca"],
     "nested": [
         ["lora", {"replay": {"size": 5}}],
@@ -74,10 +81,16 @@ OFF: dict[str, tuple[Any, Any]] = {
     "ema": (["lora", {"ema": {"beta": 0.0}}], "lora"),
     "llaca": (["lora", {"llaca": {"kappa": 0.0, "fallback": 1.0, "first_task": True}}], "lora"),
     "llaca paper": (["lora", {"llaca": {"variant": "paper", "kappa": 0.0, "fallback": 1.0}}], "lora"),
+    "replay of prompts": (["modal_prompt", {"replay": {"size": 0}}], "modal_prompt"),
     "llaca, all adapters new": (["lora_per_task", "llaca"], "lora_per_task"),
 }
 OPTIM = Optim(lr=2e-2, steps=6, batch_size=4, warmup=0.0, checkpoint_every=2, log_every=1)
 SPEC = LoraSpec(rank=2, alpha=4.0, dropout=0.1)
+ADAPTERS: dict[str, Spec] = {
+    "lora": SPEC,
+    "moe": MoeSpec(rank=2, alpha=4.0, dropout=0.1, experts=2),
+    "prompt": PromptSpec(tokens=2, at_once=2),
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -89,12 +102,18 @@ def _quick() -> Iterator[None]:
         yield
 
 
+def adapters(spec: Any) -> Spec:
+    """A shape for the kind of adapters that a stack grows."""
+    kinds = [p.kinds[0] for p in build(spec).parts if p.owns("adapt")]
+    return ADAPTERS[kinds[0] if kinds else "lora"]
+
+
 class Done:
     """What a run left: its folder, its model and method in memory, and a digest of each."""
 
     def __init__(self, spec: Any, path: Path | None = None, watch: Any = None) -> None:
         self.path = path or Path(mkdtemp()) / "run"
-        self.model, self.method = FakeModel(SPEC), build(spec)
+        self.model, self.method = FakeModel(adapters(spec)), build(spec)
         store = RunDir.open(self.path, {"method": spec})
         self.matrix = run(self.model, stream(), self.method, OPTIM, store, watch=watch or Silent())
         self.adapters = {n: self.model.adapters.state(n) for n in self.model.adapters.names}
@@ -247,7 +266,7 @@ def _weights(mix: Any, i: int) -> dict[tuple[int | None, str], float] | None:
 
 @every
 def test_saving_and_loading_changes_no_logit(name: str) -> None:
-    whole, fresh = done(SPECS[name]), FakeModel(SPEC)
+    whole, fresh = done(SPECS[name]), FakeModel(adapters(SPECS[name]))
     if whole.rows[-1].trained:
         whole.rows[-1].load_model(fresh.adapters, build(SPECS[name]))
     assert torch.equal(logits(fresh), logits(whole.model))
@@ -255,7 +274,7 @@ def test_saving_and_loading_changes_no_logit(name: str) -> None:
 
 @every
 def test_no_hook_draws_from_the_global_generator(name: str) -> None:
-    method, model, seen = build(SPECS[name]), FakeModel(SPEC), list[str]()
+    method, model, seen = build(SPECS[name]), FakeModel(adapters(SPECS[name])), list[str]()
     model.train(False)  # as the loop leaves it for end_task
     torch.manual_seed(3)
     before = torch.get_rng_state()

@@ -25,7 +25,7 @@ import torch
 
 from retain import benchmarks
 from retain import method as methods
-from retain.adapters.lora import LoraSpec
+from retain.adapters.kinds import KINDS, Spec
 from retain.data import read
 from retain.engine import Engine
 from retain.evaluate import EvalOptions
@@ -91,7 +91,7 @@ class Recipe:
     model: ModelSpec
     stream: Plain
     method: list[Any]
-    adapter: LoraSpec
+    adapter: Spec
     optim: Optim
     eval: EvalOptions
     seed: int
@@ -101,9 +101,10 @@ class Recipe:
 
     def resolved(self) -> Plain:
         """Every value as plain data with absolute paths: `parse` makes the same recipe from it anywhere."""
+        kind = self.adapter.kind
         return {
             "model": asdict(self.model),
-            "adapter": asdict(self.adapter),
+            "adapter": ({} if kind == "lora" else {"kind": kind}) | asdict(self.adapter),
             "stream": self.stream,
             "method": self.method,
             "optim": asdict(self.optim),
@@ -213,7 +214,7 @@ def _recipe(plain: Plain, path: Path) -> Recipe:
         model=model,
         stream=_absolute(top.stream, base),
         method=top.method,
-        adapter=top.adapter,
+        adapter=_adapter(top.adapter, f"{path}: adapter"),
         optim=top.optim,
         eval=top.eval,
         seed=top.seed,
@@ -230,7 +231,7 @@ class _Top:
     model: ModelSpec
     stream: dict[str, Any]
     method: list[Any]
-    adapter: LoraSpec = field(default_factory=LoraSpec)
+    adapter: dict[str, Any] = field(default_factory=dict)  # `kind` says which keys it may have
     optim: Optim = field(default_factory=Optim)
     eval: EvalOptions = field(default_factory=EvalOptions)
     seed: int = 0
@@ -293,6 +294,14 @@ def _check_stream(stream: Plain, path: Path) -> None:
                 )
     else:
         _benchmark_call(stream, where)
+
+
+def _adapter(data: Plain, where: str) -> Spec:
+    """The adapters' kind and shape; without `kind` they are LoRA."""
+    name = data.get("kind", "lora")
+    if name not in KINDS:
+        raise RetainError(f"{where}.kind: no adapter kind {name!r}{near(str(name), KINDS)}")
+    return fill(KINDS[name], {k: v for k, v in data.items() if k != "kind"}, where)
 
 
 def _prefixed(where: str, call: Any) -> Any:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 
+from retain.adapters.prompt import tokens_in_front
 from retain.engine import Engine
 from retain.evaluate import EvalOptions, cell_key, evaluate, plan
 from retain.files import read_jsonl, read_record, write_json, write_jsonl, write_text
@@ -134,6 +135,8 @@ def check(r: Running) -> Sequence[Task]:
         raise RetainError(
             f"adapt: no part of {names} defines it; put `lora`, `lora_per_task` or another owner first"
         )
+    if stages:
+        check_kind(r.method, r.model.adapters.kind)
     files = Counter(safe(t.name).casefold() for t in r.stream.all)
     for task in r.stream.all:
         if files[safe(task.name).casefold()] > 1:
@@ -147,7 +150,19 @@ def check(r: Running) -> Sequence[Task]:
     for task in stages:
         if not len(task.train):
             raise RetainError(f"task {task.name!r}: the train split is empty")
+    if not r.store.done:
+        r.method.check(r.model, r.stream)
     return stages
+
+
+def check_kind(method: Method, kind: str) -> None:
+    """Refuse adapters of a kind that the part which grows them cannot use."""
+    for part in method.parts:
+        if part.owns("adapt") and kind not in part.kinds:
+            raise RetainError(
+                f"adapter.kind: {kind!r}, but method {part.name!r} grows {' or '.join(map(repr, part.kinds))}; "
+                f"write adapter: {{kind: {part.kinds[0]}}}, or choose another method"
+            )
 
 
 def _check_split(task: str, split: str, examples: Examples) -> None:
@@ -243,7 +258,8 @@ def _answer(r: Running, row: Row, task: Task, key: str, batches: Any, started: f
         "key": key, "score": sum(p.score for p in predictions) / len(predictions), "n": len(predictions),
         "copied": False, "seconds": round(time.perf_counter() - started, 3),
         "compat": sum(compat) / len(compat) if compat else None,
-        "tokens": sum(r.model.length(e) for e in task.test),
+        "tokens": sum(r.model.length(e) for e in task.test)
+        + sum(tokens_in_front(r.model.adapters, mix, len(rows)) for rows, mix in batches),
     }  # fmt: skip
 
 

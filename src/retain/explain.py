@@ -11,6 +11,7 @@ HOOKS = {
     "adapt": "ONE owner: grow or choose adapters; what is on",
     "begin_task": "in order: snapshots, teachers, anchors",
     "data": "pipeline: the examples to train on",
+    "batch_mix": "ONE owner: per sample, in training",
     "loss": "sum: a term beside the answer loss",
     "grads": "in order: after backward, before the step",
     "after_step": "in order: after each step",
@@ -23,6 +24,7 @@ DEFAULTS = {
     "stages": "the stream's tasks",
     "adapt": "nobody: this method cannot run alone",
     "data": "the task's own examples",
+    "batch_mix": "the mix that adapt left",
     "loss": "only the answer loss",
     "route": "the mix that training left",
 }

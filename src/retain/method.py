@@ -1,10 +1,12 @@
 """A method is a set of hooks; a stack of methods is a method. This is the loop with its hooks:
 
+    method.check(model, stream)                             # all          refuse what cannot work, before anything is written
     for task in method.stages(stream):                      # usually the stream itself; multi-task joins it
         bank.mix = method.adapt(ctx)                        # ONE owner    grow or choose adapters; what is on
         method.begin_task(ctx)                              # list order   snapshot, teacher, anchor
         examples = method.data(ctx, task.train)             # pipeline     replay, selection, rewriting
         for batch in batches(examples):
+            mix = method.batch_mix(ctx, batch)              # ONE owner    per sample, in training; None: adapt's mix
             out = model(batch)
             loss = out.loss + method.loss(ctx, batch, out)  # sum          a named term, logged
             loss.backward()
@@ -65,7 +67,7 @@ class Context:
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1)
 
 
-OWNED = ("adapt", "route", "stages")
+OWNED = ("adapt", "batch_mix", "route", "stages")
 
 
 @dataclass
@@ -76,10 +78,14 @@ class Method:
     about: ClassVar[str] = ""
     source: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
+    kinds: ClassVar[tuple[str, ...]] = ("lora",)  # of adapter that its `adapt` can grow: the recipe's adapter.kind
 
     def stages(self, stream: Stream) -> Sequence[Task]:
         """What is trained on, in order. ONE owner. Default: the stream's tasks; joint training returns one task."""
         return stream.tasks
+
+    def check(self, model: Model, stream: Stream) -> None:
+        """Raise RetainError for what cannot work on this model and stream, before anything is written."""
 
     def adapt(self, ctx: Context) -> Mix:
         """Grow or choose adapters, decide which train, return which are on. ONE owner in a stack."""
@@ -93,6 +99,10 @@ class Method:
     def data(self, ctx: Context, examples: Examples) -> Examples:
         """The examples to train on."""
         return examples
+
+    def batch_mix(self, ctx: Context, batch: Batch) -> Mix | None:
+        """In training: how much each adapter counts for each sample of a micro-batch; None keeps `adapt`'s mix."""
+        return None
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | float:
         """A term added to the mean answer loss of the micro-batch; 0 for none."""
@@ -174,6 +184,10 @@ class Stack(Method):
     def stages(self, stream: Stream) -> Sequence[Task]:
         return self._owner("stages").stages(stream)
 
+    def check(self, model: Model, stream: Stream) -> None:
+        for m in self.members:
+            m.check(model, stream)
+
     def adapt(self, ctx: Context) -> Mix:
         return self._owner("adapt").adapt(ctx)
 
@@ -185,6 +199,9 @@ class Stack(Method):
         for m in self.members:
             examples = m.data(ctx, examples)
         return examples
+
+    def batch_mix(self, ctx: Context, batch: Batch) -> Mix | None:
+        return self._owner("batch_mix").batch_mix(ctx, batch)
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | float:
         total: Tensor | float = 0.0

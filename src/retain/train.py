@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from retain.adapters.bank import AdapterBank, Mix
+from retain.adapters.prompt import tokens_in_front
 from retain.engine import Engine, autocast
 from retain.method import Context, Method
 from retain.models.base import Model
@@ -83,7 +85,7 @@ class Optim:
 
 @dataclass
 class FitStats:
-    """What training one task took. `tokens` counts input tokens, image tokens included."""
+    """What training one task took. `tokens` counts input tokens, image tokens and soft prompts included."""
 
     steps: int = 0
     samples: int = 0
@@ -141,14 +143,16 @@ def fit(
             _seed_dropout(ctx, engine.rank, model.device)  # of the step: a resume needs no generator state
             optimizer.zero_grad(set_to_none=True)  # here, not at the end: after_step reads .grad
             micros = _micros(model, examples, order[step], optim, engine)
-            n_answer, n_tokens = engine.total(sum(b.n_answer for b in micros), sum(map(_tokens, micros)))
+            mixes = [method.batch_mix(ctx, b) or bank.mix for b in micros]
+            n_answer, n_tokens = engine.total(sum(b.n_answer for b in micros), _tokens(bank, micros, mixes))
             loss = torch.zeros(2, device=model.device)
-            for batch in micros:
-                with autocast(model.device, optim.precision):
-                    out = model(batch)
-                    term = torch.as_tensor(method.loss(ctx, batch, out), device=model.device)
-                shares = torch.stack([out.loss, term]) * (batch.n_answer / n_answer)
-                shares.sum().backward()  # type: ignore[no-untyped-call]
+            for batch, mix in zip(micros, mixes, strict=True):
+                with bank.using(mix):  # the backward too: checkpointed layers run again in it
+                    with autocast(model.device, optim.precision):
+                        out = model(batch)
+                        term = torch.as_tensor(method.loss(ctx, batch, out), device=model.device)
+                    shares = torch.stack([out.loss, term]) * (batch.n_answer / n_answer)
+                    shares.sum().backward()  # type: ignore[no-untyped-call]
                 loss += shares.detach()
             losses.append(loss)
             engine.sum_grads(parameters)
@@ -241,9 +245,14 @@ def _micros(model: Model, examples: Examples, rows: list[int], optim: Optim, eng
     return [model.collate([examples[i] for i in part], answers=True) for part in parts]
 
 
-def _tokens(batch: Batch) -> int:
-    mask = batch.inputs.get("attention_mask")
-    return int(batch.inputs["input_ids"].numel() if mask is None else mask.sum())
+def _tokens(bank: AdapterBank, batches: Sequence[Batch], mixes: Sequence[Mix]) -> int:
+    """Tokens of a step, soft prompts included."""
+    total = 0
+    for batch, mix in zip(batches, mixes, strict=True):
+        mask = batch.inputs.get("attention_mask")
+        total += int(batch.inputs["input_ids"].numel() if mask is None else mask.sum())
+        total += tokens_in_front(bank, mix, len(batch))
+    return total
 
 
 def _seed_dropout(ctx: Context, rank: int, device: torch.device) -> None:

@@ -11,7 +11,7 @@ of one pair of matrix products. No method touches a site; no site knows a method
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -86,16 +86,19 @@ class Site(Protocol):
 class AdapterBank:
     """Adapters by name over a fixed set of sites.
 
-    `signature` describes the shapes (rank, targets, base model) so that a foreign adapter is refused by name.
+    `signature` describes the shapes (rank, targets, base model) so that a foreign adapter is refused by name; `kind`
+    is what a recipe calls them (lora, moe, prompt).
     """
 
-    def __init__(self, sites: Mapping[str, Site], signature: Mapping[str, object]) -> None:
+    def __init__(self, sites: Mapping[str, Site], signature: Mapping[str, object], kind: str = "lora") -> None:
         self.sites = dict(sites)
         self.signature = dict(signature)
+        self.kind = kind
         self.names: list[str] = []
         self.mix = Mix()
         self.image_row_I: Tensor | None = None  # sample of each image, set by the model around a forward
         self.image_tokens_I: Tensor | None = None  # tokens of each image where a family flattens them
+        self.read = False  # somebody reads the sites' inputs: each layer must run as a module of its own
         self._dropped: tuple[Tensor, Tensor] | None = None
 
     # -- adapters -------------------------------------------------------------------------------------------------
@@ -146,6 +149,9 @@ class AdapterBank:
             )
         for key, p in own.items():
             if p.shape != state[key].shape:
+                if key.endswith(".lora_A") and p.shape[1:] == state[key].shape[1:]:
+                    ranks = f"rank {len(state[key])}, this model's adapters have rank {len(p)} (adapter.rank)"
+                    raise RetainError(f"adapter {name!r} does not fit this model: it has {ranks}")
                 raise RetainError(
                     f"adapter {name!r}, tensor {key}: shape {tuple(state[key].shape)}, this model needs {tuple(p.shape)}"
                 )
@@ -195,6 +201,22 @@ class AdapterBank:
             yield
         finally:
             self.mix = before
+
+    @contextmanager
+    def reading(self, read: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Within the block `read(path, x)` gets the input of every site that runs, in the order in which they run.
+
+        Layers that read one tensor (q, k, v) hand over the same object, one after the other.
+        """
+        modules = [(path, site) for path, site in self.sites.items() if isinstance(site, nn.Module)]
+        hooks = [m.register_forward_pre_hook(lambda _, x, path=path: read(path, x[0])) for path, m in modules]
+        before, self.read = self.read, True
+        try:
+            yield
+        finally:
+            self.read = before
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def images(self, row_I: Tensor, tokens_I: Tensor | None = None) -> Iterator[None]:

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -37,6 +37,8 @@ class LoraSpec:
     none.
     """
 
+    kind: ClassVar[str] = "lora"  # what a recipe calls it
+
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
@@ -54,6 +56,14 @@ class LoraSpec:
     def scale(self) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def site(self, base: nn.Module, layer: int | None, group: str, visual: bool) -> Site:
+        """The site that goes around a targeted linear layer."""
+        return LoraLinear(base, self, layer, group, visual)
+
+    def in_front(self, n_tasks: int) -> int:
+        """Tokens that this kind puts before a sample once so many tasks are known: none."""
+        return 0
 
 
 class _Adapted(nn.Module):
@@ -256,19 +266,19 @@ def attach(
         found = re.search(r"\.layers\.(\d+)\.", f".{path}.")
         layer = int(found[1]) if found and not visual else None
         if any(path == d or path.startswith(d + ".") for d in dense):
-            site: LoraLinear | DenseLinear = DenseLinear(module, layer, "projector", visual)
+            site: Site = DenseLinear(module, layer, "projector", visual)
         elif chosen(path):
-            site = LoraLinear(module, spec, layer, "lora", visual)
+            site = spec.site(module, layer, "lora", visual)
         else:
             continue
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, site)
         sites[path] = site
-    if not any(isinstance(s, LoraLinear) for s in sites.values()):
+    if all(isinstance(s, DenseLinear) for s in sites.values()):
         raise RetainError(
             f"adapter: targets {spec.targets!r} match no linear layer; there are {sorted(linears)[:8]} …"
         )
-    bank = AdapterBank(sites, {**(signature or {}), "lora": asdict(spec)})
+    bank = AdapterBank(sites, {**(signature or {}), spec.kind: asdict(spec)}, spec.kind)
     for module in model.modules():
         if isinstance(module, _Adapted):
             module.bank = bank

@@ -78,7 +78,8 @@ class Encoder:
     """Turns examples into `Encoded`, and images into the tensors that the tower takes.
 
     `max_length` is in tokens. A longer example is an error that names it, or with `truncate` loses the end of
-    its answer; prompts and image tokens are never cut.
+    its answer; prompts and image tokens are never cut. `kept` tokens of the context are soft prompts', not the
+    example's: only the message says so.
     """
 
     def __init__(
@@ -89,8 +90,9 @@ class Encoder:
         max_length: int,
         truncate: bool = False,
         budget: int = 1 << 28,
+        kept: int = 0,
     ) -> None:
-        self.processor, self.eos, self.image_token_id = processor, eos, image_token_id
+        self.processor, self.eos, self.image_token_id, self.kept = processor, eos, image_token_id, kept
         self.tokenizer = processor.tokenizer
         self.max_length, self.truncate = max_length, truncate
         self.template: str = processor.chat_template or self.tokenizer.chat_template or VICUNA_V1
@@ -197,10 +199,11 @@ class Encoder:
         room = self.max_length - len(encoded.prompt)
         if self.truncate and room > 0:
             return Encoded(encoded.prompt, encoded.answer[:room], encoded.images)
+        kept = f" ({self.kept} more are kept for soft prompts)" if self.kept else ""
         raise RetainError(
             f"example {example.id!r}: {len(encoded.prompt)} tokens of prompt (of which "
             f"{sum(r.n_tokens for r in encoded.images)} of images) and {len(encoded.answer)} of answer "
-            f"exceed max_length {self.max_length}; shorten it, raise max_length, or set truncate"
+            f"exceed max_length {self.max_length}{kept}; shorten it, raise max_length, or set truncate"
         )
 
     # -- images ----------------------------------------------------------------------------------------------

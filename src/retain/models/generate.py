@@ -1,8 +1,8 @@
 """Greedy decoding of a batch, equal to decoding each sample alone.
 
 The prompt runs once with padding on the left and logits at the last position only; then one token per step
-over the key-value cache. Rows leave the cache, and the adapter mix, as they finish. Hugging Face's `generate`
-keeps finished rows to the end and knows no mix per sample. A batch without padding needs no mask.
+over the key-value cache. Finished rows leave the cache, and the adapter mix, a quarter at a time. Hugging Face's
+`generate` keeps them to the end and knows no mix per sample. A batch without padding needs no mask.
 """
 
 # B batch, T tokens, S tokens seen so far, V vocabulary
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn import functional as F
 
 from retain.types import Batch
 
 if TYPE_CHECKING:
     from retain.models.hf import HFModel
+
+KEPT = 0.75  # finished rows leave once so few are going on: to leave means to copy what the others have seen
 
 
 def greedy(model: HFModel, batch: Batch, max_new_tokens: int) -> list[list[int]]:
@@ -26,31 +28,36 @@ def greedy(model: HFModel, batch: Batch, max_new_tokens: int) -> list[list[int]]
 
     `batch` must be padded on the left (`collate(..., answers=False)`).
     """
+    batch = model.placed(batch)
     answers: list[list[int]] = [[] for _ in batch.examples]
-    cache = DynamicCache(config=model.text_config)
     bank, full = model.adapters, model.adapters.mix
-    mask_BS = batch.inputs["attention_mask"].to(model.device)
-    padded = bool(batch.meta["padded"])
+    mask_BT = batch.inputs["attention_mask"].to(model.device)
+    B, T = mask_BT.shape
+    mask_BS = F.pad(mask_BT, (0, max_new_tokens), value=1) if batch.meta["padded"] else None
     position_B = torch.tensor(batch.meta["next_position"], device=model.device)
+    cache = model.cache(B, T + max_new_tokens)
     last_BV = model.prefill(batch, cache)
-    alive = list(range(len(answers)))
+    rows, unfinished, mix = list(range(B)), set(range(B)), full  # rows: the samples in the cache
     for step in range(max_new_tokens):
         token_B = last_BV.argmax(-1)
-        going = []
-        for row, (sample, token) in enumerate(zip(alive, token_B.tolist(), strict=True)):
-            if token not in model.eos:
+        for sample, token in zip(rows, token_B.tolist(), strict=True):
+            if token in model.eos:
+                unfinished.discard(sample)
+            elif sample in unfinished:
                 answers[sample].append(token)
-                going.append(row)
-        if not going or step + 1 == max_new_tokens:
+        if not unfinished or step + 1 == max_new_tokens:
             break
-        if len(going) < len(alive):
-            rows = torch.tensor(going, device=model.device)
-            cache.batch_select_indices(rows)
-            token_B, position_B, mask_BS = token_B[rows], position_B[rows], mask_BS[rows]
-            alive = [alive[row] for row in going]
-        mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(alive), 1)], dim=1)
-        with bank.using(full.select(torch.tensor(alive))):
-            last_BV = model.decode(token_B, position_B, mask_BS if padded else None, cache)
+        if len(unfinished) <= KEPT * len(rows):
+            going = [i for i, sample in enumerate(rows) if sample in unfinished]
+            at = torch.tensor(going, device=model.device)
+            cache.batch_select_indices(at)
+            token_B, position_B = token_B[at], position_B[at]
+            mask_BS = None if mask_BS is None else mask_BS[at]
+            rows = [rows[i] for i in going]
+            mix = full.select(torch.tensor(rows))
+        seen_BS = None if mask_BS is None else mask_BS[:, : T + step + 1]
+        with bank.using(mix):
+            last_BV = model.decode(token_B, position_B, seen_BS, cache)
         position_B = position_B + 1
     return answers
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoConfig
 
 from retain.models.cache import ByteLRU
 from retain.models.encode import open_image
@@ -44,7 +45,9 @@ class Guider:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Guide:
         """Image (B, F) and text (B, D) features on the CPU; a zero image row for a sample without images."""
-        pairs = [self._of(e) for e in batch.examples]
+        # fp32, whatever the caller runs in: features are kept, and must not depend on who asked first
+        with torch.autocast(self._base().device.type, enabled=False):
+            pairs = [self._of(e) for e in batch.examples]
         return Guide(torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs]))
 
     def _of(self, example: Example) -> tuple[Tensor, Tensor]:
@@ -80,13 +83,7 @@ class Guider:
 
     def _width(self) -> int:
         clip = self._loaded()
-        if clip:
-            return clip.width
-        vision = self._base().hf.config.vision_config
-        layers = getattr(self._base().hf.config, "vision_feature_layer", -1)
-        return int(getattr(vision, "hidden_size", 0) or vision.embed_dim) * (
-            len(layers) if isinstance(layers, list) else 1
-        )
+        return clip.width if clip else _tower_width(self._base().hf)
 
     # -- without a CLIP model --------------------------------------------------------------------------------
 
@@ -158,6 +155,26 @@ class _Clip:
         pooled = self.model.text_model(input_ids=ids.to(self.device)).pooler_output
         out: Tensor = self.model.text_projection(pooled)
         return out[0].float().cpu()
+
+
+def _tower_width(hf: Any) -> int:
+    vision, layers = hf.config.vision_config, getattr(hf.config, "vision_feature_layer", -1)
+    width = int(getattr(vision, "hidden_size", 0) or vision.embed_dim)
+    return width * (len(layers) if isinstance(layers, list) else 1)
+
+
+def prototype_width(hf: Any, source: GuideSource) -> int:
+    """Width of a vector that can be compared with image and text features, from configs alone.
+
+    F where they share CLIP's space; F + D, one part for each, where they are the base's own.
+    """
+    if source is None:
+        return _tower_width(hf) + int(hf.get_input_embeddings().weight.shape[1])
+    name, local = where(source)
+    try:
+        return int(AutoConfig.from_pretrained(name, local_files_only=local).projection_dim)
+    except (OSError, ValueError, AttributeError) as error:
+        raise RetainError(f"guide {name!r} is no CLIP model: {error}") from error
 
 
 def unit(x: Tensor) -> Tensor:

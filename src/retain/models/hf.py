@@ -15,26 +15,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from retain.adapters.bank import AdapterBank
-from retain.adapters.lora import LoraSpec, attach
+from retain.adapters.kinds import Spec, attach
+from retain.adapters.lora import LoraSpec
+from retain.adapters.prompt import Prompts, placed, prompts_of
 from retain.models import llama
 from retain.models.cache import ByteLRU
 from retain.models.encode import Encoded, Encoder
 from retain.models.family import Family, family_of
 from retain.models.generate import greedy, next_logits
-from retain.models.guide import Guider, GuideSource
+from retain.models.guide import Guider, GuideSource, prototype_width
 from retain.models.load import eos_ids, load_pretrained
 from retain.types import Batch, Example, Guide, Output, RetainError
 
 Precision = Literal["fp32", "bf16"]
 CHUNK = 8  # images per tower call, where that gives the same bits as one by one
+WORKING_SET = 1 << 19  # numbers: 2 MB in fp32, the second-level cache of a core
 
 
 class HFModel:
@@ -51,7 +56,7 @@ class HFModel:
         self,
         hf_model: Any,
         processor: Any,
-        spec: LoraSpec | None = None,
+        spec: Spec | None = None,
         *,
         family: str | None = None,
         name: str = "",
@@ -65,7 +70,7 @@ class HFModel:
         if precision not in ("fp32", "bf16"):
             raise RetainError(f"model: precision must be 'fp32' or 'bf16', not {precision!r}")
         self.hf, self.processor, self.name, self.precision = hf_model, processor, name, precision
-        self.spec = spec or LoraSpec()
+        self.spec: Spec = spec or LoraSpec()
         self.family: Family = family_of(hf_model, family)
         self.text_config = hf_model.config.get_text_config()
         self.n_layers = int(self.text_config.num_hidden_layers)
@@ -79,8 +84,16 @@ class HFModel:
             self.spec,
             language=self.family.language,
             projector=self.family.projector,
+            embed=hf_model.get_input_embeddings(),
+            width=partial(prototype_width, hf_model, guide),
             signature=signature,
         )
+        self.prompts: Prompts | None = prompts_of(self.adapters)
+        if self.prompts and self.family.features is None:
+            raise RetainError(
+                f"adapter: kind prompt puts embeddings before the text, and the {self.family.name} family takes "
+                "token ids only; use LLaVA, SmolVLM/Idefics3 or Qwen2(.5)-VL, or kind lora"
+            )
         self.frozen_tower = self.family.features is not None and not any(
             path.startswith(self.family.tower + ".") and not path.startswith(self.family.projector)
             for path in self.adapters.sites
@@ -89,8 +102,8 @@ class HFModel:
         self.embed: nn.Module = hf_model.get_input_embeddings()
         self.head: nn.Module = hf_model.get_output_embeddings()
         image_token = _image_token(hf_model.config)
-        limit = max_length or int(getattr(self.text_config, "max_position_embeddings", 0) or 1 << 30)
-        self.encode = Encoder(processor, self.eos, image_token, limit, truncate)
+        limit, kept = self._limits(max_length)
+        self.encode = Encoder(processor, self.eos, image_token, limit, truncate, kept=kept)
         self.features: ByteLRU[Tensor] = ByteLRU(feature_cache)
         self._chunk: int | None = None
         self.guider = Guider(self, guide)
@@ -105,7 +118,7 @@ class HFModel:
     def load(
         cls,
         name_or_dir: str | Path,
-        spec: LoraSpec | None = None,
+        spec: Spec | None = None,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -120,6 +133,19 @@ class HFModel:
         beside = Path(name_or_dir) / "guide"
         source = guide if guide is not None else (beside if beside.is_dir() else None)
         return cls(hf_model, processor, spec, name=str(name_or_dir), guide=source, **kwargs)
+
+    def _limits(self, max_length: int | None) -> tuple[int, int]:
+        """Tokens that an example may have, and tokens of the context that are kept for prompts."""
+        positions = int(getattr(self.text_config, "max_position_embeddings", 0) or 1 << 30)
+        if self.prompts is None:
+            return max_length or positions, 0
+        spec = self.prompts.spec
+        if spec.room >= positions:
+            raise RetainError(
+                f"adapter: {spec.at_once} prompts of {spec.tokens} tokens leave no room for an example in the "
+                f"model's {positions} positions; lower adapter.tokens or adapter.at_once"
+            )
+        return min(max_length or positions, positions - spec.room), spec.room
 
     # -- batches ---------------------------------------------------------------------------------------------
 
@@ -188,6 +214,15 @@ class HFModel:
         dim = 1 if each[0]["pixel_values"].ndim == 5 else 0  # crops of all images: (1, sum of R, ...)
         return {k: torch.cat([one[k] for one in each], dim) for k in each[0]}
 
+    def placed(self, batch: Batch) -> Batch:
+        """The batch behind the prompts of the bank's mix; the batch itself where there are none."""
+        if self.prompts is None or "places" in batch.meta:
+            return batch
+        bos, ids_BT = self.processor.tokenizer.bos_token_id, batch.inputs["input_ids"]
+        first_B1 = batch.inputs["attention_mask"].argmax(1)[:, None]
+        starts_B = (ids_BT.gather(1, first_B1) == (-1 if bos is None else bos)).squeeze(1).long()
+        return placed(batch, self.prompts, starts_B)
+
     # -- forward ---------------------------------------------------------------------------------------------
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -198,6 +233,8 @@ class HFModel:
         """Mean cross entropy (fp32) over the answer tokens and their logits; no other logit is computed."""
         if batch.labels_BT is None:
             raise RetainError("a batch collated with answers=False has nothing to learn from")
+        batch = self.placed(batch)
+        assert batch.labels_BT is not None
         next_BT = F.pad(batch.labels_BT[:, 1:], (0, 1), value=-100)
         at_N = (next_BT.flatten() != -100).nonzero().squeeze(1)
         labels_N = next_BT.flatten()[at_N].to(self.device)
@@ -237,10 +274,9 @@ class HFModel:
         """Hidden states (B, 1, D) of the last place of a left-padded batch; keys and values to the cache."""
         inputs = {k: v.to(self.device, non_blocking=True) for k, v in batch.inputs.items()}
         embeds_BTD = self._embeddings(batch, inputs)
-        last = torch.full((len(batch), 1), embeds_BTD.shape[1] - 1, device=self.device)
         padded = {"mask_BS": inputs["attention_mask"], "positions_BT": inputs["position_ids"]}
         more = padded if batch.meta["padded"] else {}
-        return llama.forward(self.language, embeds_BTD, cache=cache, at_BN=last, **more)
+        return llama.forward(self.language, embeds_BTD, cache=cache, at_BN=llama.LAST, **more)
 
     def _hidden(self, batch: Batch, cache: Any = None) -> Tensor:
         """Last hidden states (B, T, D) of the language model."""
@@ -264,8 +300,36 @@ class HFModel:
         hidden: Tensor = out.last_hidden_state
         return hidden
 
+    @torch.no_grad()
+    def mlp_means(self, batch: Batch) -> Tensor:
+        """Every layer's MLP output, averaged over each sample's tokens: (L, B, D), fp32.
+
+        Hugging Face's own forward of a batch collated with answers=False.
+        """
+        batch = self.placed(batch)
+        mask_BT1 = batch.inputs["attention_mask"].to(self.device)[..., None].float()
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: Any, out: Any) -> None:
+            out_BTD = out[0] if isinstance(out, tuple) else out
+            kept.append((out_BTD.float() * mask_BT1).sum(1) / mask_BT1.sum(1))
+
+        hooks = [layer.mlp.register_forward_hook(keep) for layer in self.language.layers]
+        try:
+            with self._images(batch), self.autocast():
+                self._hidden(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(kept)
+
     def _embeddings(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Token embeddings with the projected image features in their places: (B, T, D)."""
+        """Token embeddings with the projected image features, and prompts, in their places: (B, T, D)."""
+        embeds_BTD = self._with_images(batch, inputs)
+        places = batch.meta.get("places")
+        return self.prompts.fill(embeds_BTD, places) if self.prompts and places else embeds_BTD
+
+    def _with_images(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Tensor:
         embeds_BTD: Tensor = self.embed(inputs["input_ids"])
         if not batch.meta["images"]:
             return embeds_BTD
@@ -350,11 +414,40 @@ class HFModel:
         texts: list[str] = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    def cache(self, rows: int, room: int) -> Any:
+        """What keeps the keys and values of a batch of so many rows and, at most, so many tokens."""
+        if not self.fast:
+            return DynamicCache(config=self.text_config)
+        at, half = self.head.weight.device, torch.get_autocast_dtype(self.device.type)
+        with self.autocast():
+            autocast = torch.is_autocast_enabled(self.device.type)
+        dtype = half if autocast else self.head.weight.dtype
+        return llama.Keys.empty(self.language, rows, room, torch.empty(0, dtype=dtype, device=at))
+
     def prefill(self, batch: Batch, cache: Any) -> Tensor:
         """Run the prompts into the cache; logits of the next token (B, V)."""
-        with self._images(batch), self.autocast():
-            hidden = self._last(batch, cache) if self.fast else self._hidden(batch, cache)
-            return next_logits(hidden, self.head)
+        if not self.fast:
+            with self._images(batch), self.autocast():
+                return next_logits(self._hidden(batch, cache), self.head)
+        T, mix = batch.inputs["attention_mask"].shape[1], self.adapters.mix
+        hidden = []
+        for rows in self._parts(batch, T):
+            part = batch if len(rows) == len(batch) else self.collate([batch.examples[i] for i in rows], answers=False)
+            place = cache.part(rows[0], rows[-1] + 1, T - part.inputs["attention_mask"].shape[1])
+            with self.adapters.using(mix.select(torch.tensor(rows))), self._images(part), self.autocast():
+                hidden.append(self._last(part, place))
+        cache.length = T
+        with self.autocast():
+            return next_logits(torch.cat(hidden), self.head)
+
+    def _parts(self, batch: Batch, T: int) -> list[range]:
+        """Rows whose prompts run together: on a CPU so few that what a layer makes stays in its cache."""
+        B = len(batch)
+        size = B
+        if self.device.type == "cpu" and "places" not in batch.meta:  # prompts are placed for a batch as a whole
+            size = max(1, WORKING_SET // (2 * T * int(self.text_config.intermediate_size)))
+            size -= size % CHUNK if size > CHUNK else 0  # whole tower calls
+        return [range(a, min(a + size, B)) for a in range(0, B, size)]
 
     def decode(self, token_B: Tensor, position_B: Tensor, mask_BS: Tensor | None, cache: Any) -> Tensor:
         """One token per row onto the cache; logits of the next token (B, V)."""
@@ -406,7 +499,8 @@ class HFModel:
 
 
 def _is_adapter(name: str) -> bool:
-    return any(part in name for part in (".lora_A.", ".lora_B.", ".delta_weight.", ".delta_bias."))
+    parts = (".lora_A.", ".lora_B.", ".lora_router.", ".delta_weight.", ".delta_bias.")
+    return any(part in name for part in parts)
 
 
 def _image_token(config: Any) -> int:
