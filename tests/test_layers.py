@@ -28,7 +28,7 @@ LAYERS = [
     {"continual", "federated"},
     {"benchmarks", "report", "serve", "values"},
     {"config"},
-    {"explain", "plan", "rescore", "export", "start"},
+    {"analyse", "explain", "plan", "rescore", "export", "start"},
     {"cli"},
 ]
 ORDER = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -213,6 +213,29 @@ def export(
     typer.echo(export_run(run_folder, to, after=after, adapter=adapter, merged=merged))
 
 
+analyse = typer.Typer(no_args_is_help=True, help="Measurements on finished runs.")
+app.add_typer(analyse, name="analyse")
+
+
+@analyse.command()
+def cka(
+    runs: RunFolders,
+    samples: Annotated[int, typer.Option(help="test samples that every model reads")] = 50,
+    out: Annotated[
+        Path | None, typer.Option(help="default: cka.html (and .json) in the run, or beside several")
+    ] = None,
+) -> None:
+    """How alike the models of the tasks are in each layer: which layers to route, which to sum."""
+    from retain.analyse import cka as of_layers
+    from retain.metrics import render
+
+    found = of_layers.study(runs, samples)
+    render.show(of_layers.rows(found), "CKA between the models of different tasks, mean over pairs")
+    target = out or (runs[0] if len(runs) == 1 else runs[0].parent) / "cka.html"
+    data, picture = of_layers.write(found, target)
+    typer.echo(f"{data}\n{picture}")
+
+
 def main() -> None:
     """Entry point of the `retain` command."""
     app()

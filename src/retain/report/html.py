@@ -46,6 +46,11 @@ def write_report(runs: Sequence[Path | str], out: Path | str) -> Path:
 
 
 def _render(template: str, runs: Sequence[Run], **values: Any) -> str:
+    return page(template, f"{len(runs)} run folders" if len(runs) > 1 else runs[0].path.name, **values)
+
+
+def page(template: str, sources: str, **values: Any) -> str:
+    """A template as one self-contained page; `sources` says in its footer what it was made from."""
     env = Environment(
         loader=PackageLoader("retain.report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -55,7 +60,6 @@ def _render(template: str, runs: Sequence[Run], **values: Any) -> str:
     except PackageNotFoundError:
         ours = "(not installed as a package)"
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-    sources = f"{len(runs)} run folders" if len(runs) > 1 else runs[0].path.name
     return env.get_template(template).render(version=ours, made=made, sources=sources, **values)
 
 

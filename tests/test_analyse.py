@@ -1,0 +1,136 @@
+"""CKA between the models of a stream: the formula, what it must not notice, and the command on a tiny run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+import own_data
+import tiny
+from retain.adapters.bank import Mix
+from retain.analyse import cka
+from retain.cli import app
+
+_spec = importlib.util.spec_from_file_location("routes", Path(__file__).parent / "reference" / "routes.py")
+assert _spec and _spec.loader
+ref: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ref)
+
+RNG = torch.Generator().manual_seed(0)
+X = torch.randn(20, 7, generator=RNG)
+Y = torch.tanh(X @ torch.randn(7, 9, generator=RNG)) + 0.3 * torch.randn(20, 9, generator=RNG)
+BOTH = pytest.mark.parametrize("measure", [cka.kernel_cka, cka.linear_cka])
+
+
+@BOTH
+def test_one_is_like_itself_and_both_sides_are_equal(measure: Any) -> None:
+    assert measure(X, X) == pytest.approx(1, abs=1e-12)
+    assert measure(X, Y) == pytest.approx(measure(Y, X), abs=1e-12)
+    assert 0 < measure(X, Y) < 0.99
+
+
+@BOTH
+def test_turning_scaling_and_shifting_are_not_noticed(measure: Any) -> None:
+    Q = torch.linalg.qr(torch.randn(7, 7, generator=RNG, dtype=torch.double))[0]
+    for moved in (X.double() @ Q, 3.7 * X.double(), X.double() + torch.arange(7)):
+        assert measure(moved, Y) == pytest.approx(measure(X, Y), abs=1e-6)  # X was fp32
+    stretched = X * torch.tensor([9.0, 1, 1, 1, 1, 1, 1])  # not a turn, not one scale
+    assert abs(measure(stretched, Y) - measure(X, Y)) > 0.01
+
+
+@BOTH
+def test_the_order_of_rows_matters_to_pairs_only(measure: Any) -> None:
+    order = torch.randperm(20, generator=RNG)
+    assert measure(X[order], Y[order]) == pytest.approx(measure(X, Y), abs=1e-9)
+    assert abs(measure(X[order], Y) - measure(X, Y)) > 0.05
+
+
+def test_equal_to_a_transcription() -> None:
+    x, y = X.double().numpy(), Y.double().numpy()
+    assert cka.linear_cka(X, Y) == pytest.approx(ref.cka(x @ x.T, y @ y.T), abs=1e-10)
+    assert cka.kernel_cka(X, Y) == pytest.approx(ref.cka(ref.rbf(x), ref.rbf(y)), abs=1e-10)
+
+
+def test_a_layer_that_says_nothing_has_no_value() -> None:
+    assert cka.kernel_cka(torch.ones(5, 3), X[:5]) != cka.kernel_cka(torch.ones(5, 3), X[:5])  # nan
+
+
+def test_activations_are_the_mean_mlp_output_of_each_sample_alone() -> None:
+    model = tiny.model()
+    tiny.fill(model.adapters, "a")
+    model.adapters.mix = Mix({"a": 1.0})
+    examples = tiny.examples()
+    together = model.mlp_means(model.collate(examples, answers=False))
+    assert together.shape == (2, 6, 32)
+    seen: list[Tensor] = []
+    hook = model.hf.model.language_model.layers[1].mlp.down_proj.register_forward_hook(
+        lambda m, x, out: seen.append(out[0].mean(0))
+    )
+    for i, e in enumerate(examples):
+        alone = model.mlp_means(model.collate([e], answers=False))
+        torch.testing.assert_close(together[:, i : i + 1], alone, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(alone[1, 0], seen[-1])
+    hook.remove()
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+def call(*args: str) -> Result:
+    return CliRunner().invoke(app, list(args))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cka")
+    method = "{hide: {top_k: 1, temperature: 0.5}}"
+    recipe = own_data.shop(folder, own_data.model_dir(folder / "base"), method=method, n_train=4, n_test=5)
+    result = call("run", str(recipe), "-q", "optim.steps=2", "optim.lr=0.05")
+    assert result.exit_code == 0, result.output
+    return folder / "run"
+
+
+def test_the_command_prints_and_writes(run: Path) -> None:
+    result = call("analyse", "cka", str(run), "--samples", "8")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert "layer" in lines[1] and len([line for line in lines if line.lstrip().startswith(("0 ", "1 "))]) == 2
+    data = json.loads((run / "cka.json").read_text())
+    assert data["models"] == ["colour", "paint"] and data["samples"] == 8
+    for kind in ("kernel", "linear"):
+        for pairing in ("paired", "unpaired"):
+            values = torch.tensor(data["cka"][kind][pairing])
+            assert values.shape == (2, 2, 2) and (values >= 0).all() and (values <= 1 + 1e-9).all()
+            torch.testing.assert_close(values.diagonal(dim1=1, dim2=2), torch.ones(2, 2))
+            assert data["mean"][kind][pairing] == pytest.approx(values[:, 0, 1].tolist())
+        paired = data["mean"][kind]["paired"]
+        assert all(a < 1 - 1e-9 for a in paired)  # the adapters differ
+    page = (run / "cka.html").read_text()
+    assert "<svg" in page and "http" not in page.replace("http-equiv", "") and "Every pair" in page
+
+
+def test_two_runs_are_one_study(run: Path, tmp_path: Path) -> None:
+    result = call(
+        "analyse", "cka", str(run), str(run), "--samples", "6", "--out", str(tmp_path / "both.html")
+    )
+    assert result.exit_code == 0, result.output
+    data = json.loads((tmp_path / "both.json").read_text())
+    assert data["models"] == ["run: colour", "run: paint"] * 2
+    same = torch.tensor(data["cka"]["kernel"]["paired"])[:, :2, 2:]
+    torch.testing.assert_close(same.diagonal(dim1=1, dim2=2), torch.ones(2, 2))
+
+
+def test_wrong_input_is_told(run: Path, tmp_path: Path) -> None:
+    for args, words in (
+        ([str(tmp_path)], "run.json"),
+        ([str(run), "--samples", "2"], "--samples: at least 4"),
+    ):
+        result = call("analyse", "cka", *args)
+        assert result.exit_code == 2 and words in result.stderr
