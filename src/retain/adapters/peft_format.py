@@ -20,11 +20,13 @@ import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
@@ -64,6 +66,7 @@ def save_peft(bank: AdapterBank, what: str | Mix, folder: str | Path, base_name:
 
 def export(bank: AdapterBank, mix: Mix, base_name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The PEFT config and tensors of a mix (numbers only), without touching the disk."""
+    exportable(bank)
     names = _numbers(bank, mix)
     if not names:
         raise RetainError(f"the mix is empty: nothing to export; the bank holds {bank.names}")
@@ -88,11 +91,15 @@ def export(bank: AdapterBank, mix: Mix, base_name: str) -> tuple[dict[str, Any],
             for key, full in _dense(site, weights, names).items():
                 tensors[f"{_PREFIX}{path}.{key}"] = full.cpu()
             saved.append(path)
-        else:
-            raise RetainError(
-                f"{path}: a {type(site).__name__} has no PEFT form; only LoRA and dense deltas have"
-            )
     return {**config, "target_modules": sorted(targets), "modules_to_save": sorted(saved) or None}, tensors
+
+
+def exportable(bank: AdapterBank) -> None:
+    """Raise RetainError for a kind of adapters that has neither a PEFT LoRA form nor weights to merge into."""
+    for site in bank.sites.values():
+        if not isinstance(site, LoraLinear | DenseLinear):
+            why = getattr(site, "no_peft", f"a {type(site).__name__} is no LoRA and no dense delta")
+            raise RetainError(f"these adapters cannot be exported or merged: {why}")
 
 
 def _config(site: LoraLinear, K: int, base_name: str) -> dict[str, Any]:
@@ -163,8 +170,10 @@ def load_peft(bank: AdapterBank, name: str, folder: str | Path) -> None:
     missing or unknown keys.
     """
     folder = Path(folder)
+    if bank.kind != "lora":
+        raise RetainError(f"{folder}: a PEFT LoRA fits adapters of kind 'lora', these are {bank.kind!r}")
     config, tensors, base = _read(folder)
-    _supported(config, folder)
+    supported(config, folder)
     own_base = str(bank.signature.get("base", ""))
     if base and own_base and base != own_base:
         raise RetainError(f"{folder}: the adapter was trained on base {base}, this model is {own_base}")
@@ -184,16 +193,102 @@ def load_peft(bank: AdapterBank, name: str, folder: str | Path) -> None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise RetainError(f"{folder}: no {file}; a PEFT adapter folder has {CONFIG} and {WEIGHTS}")
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    with safe_open(folder / WEIGHTS, "pt") as f:
-        return config, {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get("retain_base", "")  # noqa: SIM118
+    stored = PeftFolder.open(folder)
+    return stored.config, {k: stored.tensor(k) for k in stored.shapes}, stored.base
 
 
-def _supported(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse what is not plain LoRA, by name."""
+@dataclass(frozen=True, eq=False)
+class PeftFolder:
+    """A PEFT LoRA on disk, read module by module. Nothing but names and shapes is held in memory.
+
+    `modules` maps a path to its tensors' keys: `lora_A`, `lora_B`, `lora_bias` (the bias of B), `magnitude`
+    (DoRA), or `weight` and `bias` of a full copy (`modules_to_save`).
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    base: str  # the fingerprint of the base model, where retain wrote the folder
+    shapes: dict[str, tuple[int, ...]]
+    modules: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @staticmethod
+    def open(folder: str | Path) -> PeftFolder:
+        """Open and check a folder: both files whole, and a config that is a mapping."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise RetainError(f"{folder}: no such folder; an adapter is a folder with {CONFIG} and {WEIGHTS}")
+        for file in (CONFIG, WEIGHTS):
+            if not (folder / file).is_file():
+                pickled = (folder / "adapter_model.bin").is_file()
+                hint = "; adapter_model.bin is a pickle, save it again as safetensors" if pickled else ""
+                raise RetainError(
+                    f"{folder}: no {file}; a PEFT adapter folder has {CONFIG} and {WEIGHTS}{hint}"
+                )
+        try:
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError("it holds no mapping")
+        except ValueError as error:
+            raise RetainError(f"{folder / CONFIG}: no valid adapter config: {error}") from None
+        try:
+            with safe_open(folder / WEIGHTS, "pt") as f:
+                shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118
+                base = (f.metadata() or {}).get("retain_base", "")
+        except SafetensorError as error:
+            raise RetainError(f"{folder / WEIGHTS}: no whole safetensors file: {error}") from None
+        return PeftFolder(folder, config, base, shapes, _modules(shapes))
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor, as it is stored."""
+        try:
+            value: Tensor = self._file.get_tensor(key)
+            return value
+        except SafetensorError as error:
+            raise RetainError(f"{self.folder / WEIGHTS}: {key}: {error}") from None
+
+    @cached_property
+    def _file(self) -> Any:
+        return safe_open(self.folder / WEIGHTS, "pt").__enter__()  # closed with this object
+
+    def rank(self, path: str) -> int:
+        """The rank of a module, by its tensor; a config that says another is an error."""
+        rank = self.shapes[self.modules[path]["lora_A"]][0]
+        said = _pattern(self.config.get("rank_pattern") or {}, path, self.config.get("r", rank))
+        if said != rank:
+            raise RetainError(f"{self.folder}: {path} has rank {rank}, but {CONFIG} says {said}")
+        return rank
+
+    def scale(self, path: str) -> float:
+        """alpha / r of a module, or alpha / sqrt(r) for rsLoRA, patterns included."""
+        if "lora_alpha" not in self.config:
+            raise RetainError(f"{self.folder}: {CONFIG} has no lora_alpha")
+        alpha = _pattern(self.config.get("alpha_pattern") or {}, path, self.config["lora_alpha"])
+        rank = self.rank(path)
+        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _modules(keys: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Path to leaf to key, in the order of the file."""
+    out: dict[str, dict[str, str]] = {}
+    for key in keys:
+        inner = key.removeprefix(_PREFIX)
+        lora = re.fullmatch(r"(.+)\.lora_(A|B)(?:\.default)?\.(weight|bias)", inner)
+        dora = re.fullmatch(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", inner)
+        copy = re.fullmatch(r"(.+?)(?:\.modules_to_save(?:\.default)?)?\.(weight|bias)", inner)
+        if lora:
+            path, leaf = lora[1], f"lora_{lora[2]}" if lora[3] == "weight" else "lora_bias"
+        elif dora:
+            path, leaf = dora[1], "magnitude"
+        elif copy:
+            path, leaf = copy[1], copy[2]
+        else:
+            path, leaf = inner, ""
+        out.setdefault(path, {})[leaf] = key
+    return out
+
+
+def supported(config: Mapping[str, Any], folder: Path, *, but: Sequence[str] = ()) -> None:
+    """Refuse what is not plain LoRA, by name; `but` names what the caller can handle besides."""
     if config.get("peft_type") != "LORA":
         raise RetainError(f"{folder}: peft_type {config.get('peft_type')!r} is not LoRA")
     off = {
@@ -201,7 +296,7 @@ def _supported(config: Mapping[str, Any], folder: Path) -> None:
         "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
         "kappa_tuner_config", "monteclora_config",
     }  # fmt: skip
-    used = sorted(k for k in off if config.get(k))
+    used = sorted(k for k in off if config.get(k) and k not in but)
     if used:
         raise RetainError(f"{folder}: {', '.join(used)} cannot be loaded; plain LoRA and rsLoRA can")
     if config.get("bias", "none") != "none":
@@ -242,13 +337,12 @@ def _by_path(tensors: Mapping[str, Tensor], bank: AdapterBank, folder: Path) -> 
 
 def _own(path: str, bank: AdapterBank) -> str | None:
     """A site's path by the name it has in the file: as it is, or as transformers 4 called it."""
-    if path in bank.sites:
-        return path
-    for old, new in _RENAMED:
-        renamed = re.sub(old, new, path)
-        if renamed in bank.sites:
-            return renamed
-    return None
+    return next((name for name in aliases(path) if name in bank.sites), None)
+
+
+def aliases(path: str) -> list[str]:
+    """A module's names: as given, then as transformers 5 calls what transformers 4 named so."""
+    return [path, *(re.sub(old, new, path) for old, new in _RENAMED if re.match(old, path))]
 
 
 def _state(
@@ -337,6 +431,7 @@ def _matches(path: str, targets: str | Sequence[str]) -> bool:
 def merged_state(model: Any, mix: Mix) -> dict[str, Tensor]:
     """The base's state dict under its own names, a mix of numbers added to its weights (sums in fp32)."""
     bank: AdapterBank = model.adapters
+    exportable(bank)
     names = _numbers(bank, mix)
     out: dict[str, Tensor] = {}
     for key, value in model.hf.state_dict().items():

@@ -117,7 +117,8 @@ class Merger:
             inputs = {k: [p[path] for p in v] for k, v in extra.items()}
             with where(path):
                 same_shape(here, path, names)
-                part, error = kept(self.part(here, w, **params, **inputs), here, keep or self.keep, rank)
+                ranks = [p.rank for p in here if isinstance(p, Low)]
+                part, error = kept(self.part(here, w, **params, **inputs), ranks, keep or self.keep, rank)
             key = path if isinstance(part, Low) or not isinstance(here[0], Low) else f"{path}.weight"
             parts[key], errors[key] = part, error
         return Merged(parts, errors)
@@ -244,19 +245,19 @@ def same_shape(parts: Sequence[Part], path: str, names: Sequence[str]) -> None:
                 )
 
 
-def kept(part: Part, came: Sequence[Part], keep: Keep, rank: int) -> tuple[Part, float]:
-    """A merged module in the form it is kept in, and the relative error of that."""
+def kept(part: Part, ranks: Sequence[int], keep: Keep, rank: int) -> tuple[Part, float]:
+    """A merged module in the form it is kept in, and the relative error of that.
+
+    `ranks` are those of the adapters; none for a projector or a bias, which stays dense.
+    """
     if keep not in KEEP:
         raise RetainError(f"keep: {keep!r} is none of {list(KEEP)}")
     if rank < 0:
         raise RetainError(f"rank: must not be negative, is {rank}")
-    if not any(isinstance(p, Low) for p in came):
-        return dense(part) if isinstance(part, Low) else part, 0.0  # a projector or a bias stays dense
-    if keep == "dense":
-        return dense(part), 0.0
+    if keep == "dense" or not ranks:
+        return dense(part) if isinstance(part, Low) else part, 0.0
     if keep == "cat":
         return full(part), 0.0
-    ranks = [p.rank for p in came if isinstance(p, Low)]
     if keep == "svd":
         return truncated(part, rank or max(ranks))
     return (part, 0.0) if isinstance(part, Low) else truncated(part, rank or sum(ranks))

@@ -60,7 +60,8 @@ def lorahub(
         out: dict[str, Part] = {}
         for path, parts in modules.items():
             with where(path):
-                out[path] = kept(combined(parts, w, space), parts, keep, rank)[0]
+                ranks = [p.rank for p in parts if isinstance(p, Low)]
+                out[path] = kept(combined(parts, w, space), ranks, keep, rank)[0]
         return join(out)
 
     def value(w: Tensor) -> float:
