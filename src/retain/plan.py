@@ -19,11 +19,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from retain.adapters.lora import attach
+from retain.adapters.kinds import attach
 from retain.config import Recipe, model_source
 from retain.engine import Engine
 from retain.models.encode import Encoder
 from retain.models.family import family_of
+from retain.models.guide import GuideSource, prototype_width
 from retain.models.load import eos_ids, load_processor, where
 from retain.report.summary import count, duration, size
 from retain.stream import Task
@@ -95,13 +96,18 @@ def make_plan(recipe: Recipe, runs: Path = Path("runs")) -> RunPlan:
     encode = _encoder(hf, processor, recipe)
     lengths = {task.name: _length(encode, task) for task in [*method.stages(stream), *stream.all]}
     shape = _shape(hf, recipe)
-    row = sum(_eval_flops(shape, task, lengths[task.name]) for task in stream.all)
+
+    def row(front: int) -> float:
+        return sum(_eval_flops(shape, task, lengths[task.name] + front) for task in stream.all)
+
     stages = tuple(
-        _stage(shape, task, lengths[task.name], recipe.optim, row) for task in method.stages(stream)
+        _stage(shape, task, lengths[task.name] + front, recipe.optim, row(front))
+        for i, task in enumerate(method.stages(stream), 1)
+        for front in [recipe.adapter.in_front(i)]  # soft prompts before every sample
     )
     longest = max((s.tokens for s in stages), default=0.0)
     speed, origin = _speed(recipe, runs)
-    return RunPlan(recipe, shape, stages, row, _memory(shape, recipe, longest), speed, origin)
+    return RunPlan(recipe, shape, stages, row(0), _memory(shape, recipe, longest), speed, origin)
 
 
 # -- the model without its weights -----------------------------------------------------------------------
@@ -136,11 +142,20 @@ def _shape(hf: Any, recipe: Recipe) -> Shape:
         hf.get_output_embeddings(),
     )
     passed = _size(language) - _size(table) + _size(head)
-    bank = attach(hf, recipe.adapter, language=family.language, projector=family.projector)
+    bank = attach(
+        hf, recipe.adapter, language=family.language, projector=family.projector,
+        embed=hf.get_input_embeddings(), width=lambda: prototype_width(hf, _guide(recipe)),
+    )  # fmt: skip
     bank.add("plan", torch.Generator())
     trainable = sum(p.numel() for p in bank.parameters("plan").values())
     layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
     return Shape(parameters, trainable, passed, layers, hidden, int(text.vocab_size))
+
+
+def _guide(recipe: Recipe) -> GuideSource:
+    """The guide that a run of this recipe has: the named one, else a folder beside the base."""
+    beside = Path(model_source(recipe.model.name)) / "guide"
+    return recipe.model.guide or (beside if beside.is_dir() else None)
 
 
 def _size(module: nn.Module) -> int:
@@ -250,7 +265,7 @@ def total_rows(plan: RunPlan) -> Rows:
     stored = 4 * shape.trainable * len(plan.stages)
     body = [
         ["base parameters", count(shape.parameters), f"{plan.recipe.model.name}, {plan.recipe.model.dtype}"],
-        ["trainable parameters", count(shape.trainable), "of one adapter: LoRA and projector"],
+        ["trainable parameters", count(shape.trainable), f"of one adapter of kind {plan.recipe.adapter.kind}"],
         ["steps", str(steps), f"{optim.batch_size} samples each, in {optim.accumulate} parts"],
         [
             "stored",
