@@ -1,9 +1,11 @@
 """What routing per sample costs: six experts blended for each sample over one LoRA, at batch 32.
 
 Six experts of rank 8 as in HiDe-LLaVA, blended at every layer (DISCO) or at the top layer with the sum of all below
-(HiDe), against one LoRA of the same rank in total (48), and of one expert's rank (8) for orientation. The experts
-are copies of one another, so that any blend answers what one of them answers: the texts must be equal, else the run
-fails. Image features are warm; route, prefill and decoding are inside the clock.
+(HiDe), against one LoRA of the same rank in total (48) and one of an expert's rank (8). The goal is 1.10 times what
+the multiplications of the adapted layers alone cost. The experts are copies of one another, so that any blend
+answers what one of them answers: the texts must be equal, else the run fails. Image features are warm; prefill and
+decoding are inside the clock. A plain LoRA can also be folded into the weights (`retain.evaluate` does that); a
+blend per sample cannot, and here neither is.
 """
 
 from __future__ import annotations
@@ -84,6 +86,16 @@ def answers(model: HFModel, of: Task, kind: str = "") -> tuple[Took, list[str]]:
     return common.timed(loop)
 
 
+def work(model: HFModel, kind: str = "") -> float:
+    """Multiplications per token of the adapted layers."""
+    bank, total = model.adapters, 0.0
+    for site in bank.sites.values():
+        n_in, n_out = site.features
+        many = EXPERTS if kind == "every layer" or (kind and site.layer == model.n_layers - 1) else 1
+        total += n_in * n_out + many * model.spec.rank * (n_in + n_out)
+    return total
+
+
 def compare(size: Size, reps: int) -> list[Ratio]:
     """One LoRA of each rank and both kinds of routing, in turn."""
     base, processor = common.base(size)
@@ -105,12 +117,14 @@ def compare(size: Size, reps: int) -> list[Ratio]:
                 took.setdefault(key, []).append(t)
     note = f"{len(of.test)} equal texts, batch {BATCH}"
     title = f"{EXPERTS} experts of rank {RANK} routed at {{}} over one LoRA of rank {{}}, {size.name}"
-    goals = {EXPERTS * RANK: "<= 1.10", RANK: "<= 2.00"}
-    return [
-        common.ratio(title.format(kind, rank), goals[rank], took[kind], took[rank], len(of.test), note=note)
-        for kind in kinds
-        for rank in ones
-    ]
+    rows = []
+    for kind in kinds:
+        for rank, one in ones.items():
+            goal = f"<= {1.1 * max(1.0, work(experts, kind) / work(one)):.2f}"
+            rows.append(
+                common.ratio(title.format(kind, rank), goal, took[kind], took[rank], len(of.test), note=note)
+            )
+    return rows
 
 
 if __name__ == "__main__":

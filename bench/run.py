@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-PARTS = ("train", "evaluate", "method", "memory")
+PARTS = ("train", "evaluate", "method", "route", "memory")
 HERE = Path(__file__).resolve().parent
 
 

@@ -11,10 +11,10 @@ of one pair of matrix products. No method touches a site; no site knows a method
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -23,6 +23,8 @@ from torch.nn import Parameter
 from retain.types import RetainError
 
 Weight = float | Tensor
+T = TypeVar("T")
+FOLD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,9 @@ class AdapterBank:
     is what a recipe calls them (lora, moe, prompt).
     """
 
-    def __init__(self, sites: Mapping[str, Site], signature: Mapping[str, object], kind: str = "lora") -> None:
+    def __init__(
+        self, sites: Mapping[str, Site], signature: Mapping[str, object], kind: str = "lora"
+    ) -> None:
         self.sites = dict(sites)
         self.signature = dict(signature)
         self.kind = kind
@@ -99,6 +103,8 @@ class AdapterBank:
         self.image_row_I: Tensor | None = None  # sample of each image, set by the model around a forward
         self.image_tokens_I: Tensor | None = None  # tokens of each image where a family flattens them
         self.read = False  # somebody reads the sites' inputs: each layer must run as a module of its own
+        self.folds: dict[object, tuple[object, Tensor, Tensor | None]] | None = None
+        self.stacks: dict[Hashable, tuple[Mix | None, Any]] | None = None
         self._dropped: tuple[Tensor, Tensor] | None = None
 
     # -- adapters -------------------------------------------------------------------------------------------------
@@ -201,6 +207,43 @@ class AdapterBank:
             yield
         finally:
             self.mix = before
+
+    @contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """A promise: within the block no adapter is written to.
+
+        Sites may then add a mix of plain numbers to a copy of their layer's weight, once, and run the copy. The
+        layers themselves are not touched. Without effect where the copies would take more than FOLD_BYTES.
+        """
+        size = sum(
+            p.numel() * 4 for s in self.sites.values() if isinstance(s, nn.Module) for p in s.parameters()
+        )
+        before, self.folds = self.folds, {} if size <= FOLD_BYTES else None
+        try:
+            with self.stacked():
+                yield
+        finally:
+            self.folds = before
+
+    @contextmanager
+    def stacked(self) -> Iterator[None]:
+        """The same promise: the factors of several adapters are put side by side once, not in every forward."""
+        before = self.stacks
+        self.stacks = {} if before is None else before
+        try:
+            yield
+        finally:
+            self.stacks = before
+
+    def once(self, key: Hashable, make: Callable[[], T], mix: Mix | None = None) -> T:
+        """What `make` gives; within `stacked`, without gradients, made once (of a mix: until another one is on)."""
+        if self.stacks is None or torch.is_grad_enabled():
+            return make()
+        found = self.stacks.get(key)
+        if found is None or found[0] is not mix:
+            found = self.stacks[key] = (mix, make())
+        made: T = found[1]
+        return made
 
     @contextmanager
     def reading(self, read: Callable[[str, Tensor], None]) -> Iterator[None]:

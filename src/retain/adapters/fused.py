@@ -20,19 +20,22 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from retain.adapters.lora import LoraLinear
+from retain.adapters.lora import LoraLinear, folded
 
 
 def together(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
     """`tuple(layer(x) for layer in layers)`, as one node where that can be.
 
-    That is: every layer is LoRA on an `nn.Linear`, and the mix weighs each adapter by a plain number.
+    That is: every layer is LoRA on an `nn.Linear`, nobody reads the layers' inputs, and the mix weighs each adapter
+    by a plain number, or per sample where no gradient is asked for.
     """
     weights = _plain_mix(layers)
     if not weights:
-        return tuple(layer(x) for layer in layers)
+        return _routed(layers, x) or tuple(layer(x) for layer in layers)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     first: LoraLinear = layers[0]
+    if (folding := first.folding(x)) and len({s.base.bias is None for s in layers}) == 1:
+        return folded(tuple(layers), x, folding).split([s.features[1] for s in layers], dim=-1)
     if dtype == x.dtype and any(s.lora_A[n].dtype != dtype for s in layers for n in weights):
         return tuple(layer(x) for layer in layers)  # a base in half precision under adapters in fp32
     mask = None
@@ -49,12 +52,51 @@ def together(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
 
 def _plain_mix(layers: Sequence[Any]) -> dict[str, float]:
     """The adapters that are on, if every layer can join a group; else nothing."""
-    if not all(isinstance(s, LoraLinear) and type(s.base) is nn.Linear for s in layers):
+    if not _joined(layers):
         return {}
     active = layers[0].active()
     if any(isinstance(w, Tensor) for _, w in active):
         return {}
     return {n: float(w) for n, w in active}
+
+
+def _joined(layers: Sequence[Any]) -> bool:
+    plain = all(isinstance(s, LoraLinear) and type(s.base) is nn.Linear for s in layers)
+    return plain and not layers[0].bank.read
+
+
+def _routed(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
+    """A mix with weights per sample, without gradients: one product with all A of the group; None: not here.
+
+    The factors side by side, and the weights along the rank, are made once where the bank keeps them.
+    """
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not _joined(layers):
+        return None
+    first: LoraLinear = layers[0]
+    active = first.active()
+    names = [n for n, _ in active]
+    if (
+        not names
+        or (first.spec.dropout and first.training)
+        or any(s.lora_A[names[0]].dtype != x.dtype or s.base.weight.dtype != x.dtype for s in layers)
+    ):
+        return None
+    bank, group = first.bank, tuple(layers)
+
+    def factors() -> tuple[Tensor, list[Tensor]]:
+        each = [s.side_by_side(names) for s in layers]
+        return torch.cat([A for A, _ in each]), [B for _, B in each]
+
+    A_RD, Bs = bank.once((group, *names), factors)
+    w_B1R = bank.once(group, lambda: first.weights_along(active, x, len(layers)), bank.mix)
+    h_BTR = F.linear(x, A_RD).mul_(w_B1R)
+    h_MR, out, at = h_BTR.view(-1, h_BTR.shape[-1]), [], 0
+    for s, B in zip(layers, Bs, strict=True):
+        y: Tensor = F.linear(x, s.base.weight, s.base.bias)
+        y.view(-1, y.shape[-1]).addmm_(h_MR[:, at : at + B.shape[1]], B.t(), alpha=first.spec.scale)
+        out.append(y)
+        at += B.shape[1]
+    return tuple(out)
 
 
 def _cat(parts: list[Tensor], dim: int) -> Tensor:

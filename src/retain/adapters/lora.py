@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -90,7 +91,46 @@ class _Adapted(nn.Module):
         return [(n, w) for n, w in self.bank.mix.at(self.layer).items() if isinstance(w, Tensor) or w != 0]
 
 
-class LoraLinear(_Adapted):
+class _Foldable(_Adapted):
+    """An adapted layer whose deltas are linear, so that they can be added to its weight."""
+
+    def folding(self, x: Tensor) -> list[tuple[str, Weight]]:
+        """The adapters that may be added to the weight for a call with `x`; none where that may not be done.
+
+        Only while the bank's adapters do not change, without gradients, in fp32 (a small delta is lost in the
+        rounding of a half-precision weight), for a mix of plain numbers on an `nn.Linear`.
+        """
+        base = self.base
+        if self.bank.folds is None or torch.is_grad_enabled() or type(base) is not nn.Linear:
+            return []
+        if not x.dtype == base.weight.dtype == torch.float32 or torch.is_autocast_enabled(x.device.type):
+            return []
+        active = self.active()
+        return [] if any(isinstance(w, Tensor) for _, w in active) else active
+
+    @abstractmethod
+    def summed(self, active: list[tuple[str, Weight]]) -> tuple[Tensor, Tensor | None]:
+        """New tensors: the base's weight plus the weighted deltas, and the same of the bias."""
+
+
+def folded(layers: tuple[_Foldable, ...], x: Tensor, active: list[tuple[str, Weight]]) -> Tensor:
+    """One product for layers that read one tensor, adapters added to their weights: outputs side by side.
+
+    Equal to the layers one by one up to rounding. The sums are new tensors and stay with the bank until the mix
+    changes; the base layers are not touched.
+    """
+    folds = layers[0].bank.folds
+    assert folds is not None
+    found = folds.get(layers)
+    if found is None or found[0] != active:
+        sums = [layer.summed(active) for layer in layers]
+        biases = [b for _, b in sums if b is not None]
+        bias = torch.cat(biases) if biases else None
+        found = folds[layers] = (active, torch.cat([w for w, _ in sums]), bias)
+    return F.linear(x, *found[1:])
+
+
+class LoraLinear(_Foldable):
     """K LoRA adapters on one linear layer. A: (r, in), uniform as in PEFT; B: (out, r), zero."""
 
     def __init__(self, base: nn.Module, spec: LoraSpec, layer: int | None, group: str, visual: bool) -> None:
@@ -111,7 +151,15 @@ class LoraLinear(_Adapted):
     def tensors(self, name: str) -> dict[str, Parameter]:
         return {"lora_A": self.lora_A[name], "lora_B": self.lora_B[name]}
 
+    def summed(self, active: list[tuple[str, Weight]]) -> tuple[Tensor, Tensor | None]:
+        """W + sum_k w_k (alpha/r) B_k A_k, and the bias."""
+        A, B = self._stacked(active)
+        scale = self.spec.scale * (float(active[0][1]) if len(active) == 1 else 1)
+        return torch.addmm(self.base.weight, B, A, alpha=scale), self.base.bias
+
     def forward(self, x: Tensor) -> Tensor:
+        if folding := self.folding(x):
+            return folded((self,), x, folding)
         active = self.active()
         if not active:
             plain: Tensor = self.base(x)
@@ -120,7 +168,7 @@ class LoraLinear(_Adapted):
         autocast = torch.is_autocast_enabled(x.device.type)
         names = [n for n, _ in active]
         numbers = not any(isinstance(w, Tensor) for _, w in active)
-        A, B = self._stacked(active) if numbers else self._stacked([(n, 1.0) for n in names])
+        A, B = self._stacked(active) if numbers else self.side_by_side(names)
         scale = self.spec.scale
         if numbers and len(active) == 1:
             scale *= float(active[0][1])
@@ -142,12 +190,20 @@ class LoraLinear(_Adapted):
             return flat.view(y.shape)
         return y + (F.linear(h, B) * scale).to(y.dtype)
 
+    def side_by_side(self, names: list[str]) -> tuple[Tensor, Tensor]:
+        """All A along the rank (R, in), and all B (out, R), of weight one."""
+        return self.bank.once((self, *names), lambda: self._stacked([(n, 1.0) for n in names]))
+
     def _stacked(self, active: list[tuple[str, Weight]]) -> tuple[Tensor, Tensor]:
         """All A along the rank (R, in), and all B (out, R); several plain weights are folded into B."""
         if len(active) == 1:
             return self.lora_A[active[0][0]], self.lora_B[active[0][0]]
         A = torch.cat([self.lora_A[n] for n, _ in active])
         return A, torch.cat([self.lora_B[n] if w == 1 else self.lora_B[n] * w for n, w in active], dim=1)
+
+    def weights_along(self, active: list[tuple[str, Weight]], x: Tensor, repeats: int) -> Tensor:
+        """The weights along the rank, for so many layers that read x: (B, 1, repeats x R)."""
+        return torch.cat([self._weights(active, x)] * repeats, dim=-1)
 
     def _weights(self, active: list[tuple[str, Weight]], h: Tensor) -> Tensor:
         """The weight of each adapter repeated over its rank: (…, R), broadcast over tokens."""
@@ -204,7 +260,7 @@ class _Fused(torch.autograd.Function):
         )  # fmt: skip
 
 
-class DenseLinear(_Adapted):
+class DenseLinear(_Foldable):
     """K dense deltas on one linear layer (weight, bias), zero at first: the projector as an adapter."""
 
     def __init__(self, base: nn.Module, layer: int | None, group: str, visual: bool) -> None:
@@ -228,7 +284,19 @@ class DenseLinear(_Adapted):
             out["bias"] = self.delta_bias[name]
         return out
 
+    def summed(self, active: list[tuple[str, Weight]]) -> tuple[Tensor, Tensor | None]:
+        """W + sum_k w_k dW_k, and the same of the bias."""
+        weight, bias = self.base.weight.clone(), self.base.bias
+        bias = None if bias is None else bias.clone()
+        for name, w in active:
+            weight.add_(self.delta_weight[name], alpha=float(w))
+            if bias is not None:
+                bias.add_(self.delta_bias[name], alpha=float(w))
+        return weight, bias
+
     def forward(self, x: Tensor) -> Tensor:
+        if folding := self.folding(x):
+            return folded((self,), x, folding)
         y: Tensor = self.base(x)
         for name, w in self.active():
             bias = self.delta_bias[name] if self.base.bias is not None else None

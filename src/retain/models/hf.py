@@ -38,7 +38,7 @@ from retain.models.load import eos_ids, load_pretrained
 from retain.types import Batch, Example, Guide, Output, RetainError
 
 Precision = Literal["fp32", "bf16"]
-CHUNK = 8  # images per tower call, where that gives the same bits as one by one
+CHUNKS = (32, 8)  # images per tower call, where they give the same bits as each other; else one by one
 WORKING_SET = 1 << 19  # numbers: 2 MB in fp32, the second-level cache of a core
 
 
@@ -105,7 +105,7 @@ class HFModel:
         limit, kept = self._limits(max_length)
         self.encode = Encoder(processor, self.eos, image_token, limit, truncate, kept=kept)
         self.features: ByteLRU[Tensor] = ByteLRU(feature_cache)
-        self._chunk: int | None = None
+        self._sizes: tuple[int, ...] | None = None
         self.guider = Guider(self, guide)
         self.checkpointing = checkpointing
         if checkpointing:
@@ -358,10 +358,11 @@ class HFModel:
         missing = {
             r.key: (r, x) for r, x in zip(refs, batch.meta["image_ids"], strict=True) if found[r.key] is None
         }
-        size = self._chunk_size() if self.family.stack else 1
+        sizes = self._chunks() if missing and self.family.stack else (1,)
         todo = list(missing.values())
-        for start in range(0, len(todo), size):
-            part = todo[start : start + size]
+        while todo:
+            size = next((n for n in sizes if n <= len(todo)), sizes[-1])
+            part, todo = todo[:size], todo[size:]
             pixels = [self.encode.image(ref, example_id) for ref, example_id in part]
             for (ref, _), made in zip(part, self._tower(pixels, size), strict=True):
                 found[ref.key] = made
@@ -379,24 +380,25 @@ class HFModel:
             out = self.family.features(self.hf, inputs)
         return [out] if size == 1 else [row.clone()[None] for row in out[: len(pixels)]]
 
-    def _chunk_size(self) -> int:
-        """CHUNK where an image gives the same bits at every place of a call of CHUNK images, else 1.
+    def _chunks(self) -> tuple[int, ...]:
+        """The call sizes that give an image the same bits in every call and at every place of it, largest first.
 
         Decided once, on noise: the order of a sum depends on shapes and places, not on values.
         """
-        if self._chunk is None:
-            side = self.hf.config.vision_config.image_size
-            noise = torch.randn(CHUNK, 3, side, side, generator=torch.Generator().manual_seed(0))
+        if self._sizes is None:
+            few, side = min(CHUNKS), self.hf.config.vision_config.image_size
+            noise = torch.randn(few, 3, side, side, generator=torch.Generator().manual_seed(0))
             images = [{"pixel_values": n[None]} for n in noise]
-            first = self._tower(images, CHUNK)
-            same = True
-            for k in range(1, CHUNK):
-                turned = self._tower(images[k:] + images[:k], CHUNK)
-                same = same and all(
-                    torch.equal(a, b) for a, b in zip(first, turned[-k:] + turned[:-k], strict=True)
-                )
-            self._chunk = CHUNK if same else 1
-        return self._chunk
+            first = self._tower(images, few)
+
+            def same(size: int, turn: int = 0) -> bool:
+                shown = [(i + turn) % few for i in range(size)]
+                made = self._tower([images[i] for i in shown], size)
+                return all(torch.equal(m, first[i]) for m, i in zip(made, shown, strict=True))
+
+            whole = all(same(few, turn) for turn in range(1, few))
+            self._sizes = tuple(n for n in CHUNKS if n == few or same(n)) if whole else (1,)
+        return self._sizes
 
     # -- inference -------------------------------------------------------------------------------------------
 
@@ -408,7 +410,8 @@ class HFModel:
         was = self.training
         self.train(False)
         try:
-            tokens = greedy(self, batch, max_new_tokens)
+            with self.adapters.stacked():
+                tokens = greedy(self, batch, max_new_tokens)
         finally:
             self.train(was)
         texts: list[str] = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -430,9 +433,14 @@ class HFModel:
             with self._images(batch), self.autocast():
                 return next_logits(self._hidden(batch, cache), self.head)
         T, mix = batch.inputs["attention_mask"].shape[1], self.adapters.mix
+        kept = self.tower_features(batch) if self.frozen_tower else []  # in large calls; the parts find them
         hidden = []
         for rows in self._parts(batch, T):
-            part = batch if len(rows) == len(batch) else self.collate([batch.examples[i] for i in rows], answers=False)
+            part = (
+                batch
+                if len(rows) == len(batch)
+                else self.collate([batch.examples[i] for i in rows], answers=False)
+            )
             place = cache.part(rows[0], rows[-1] + 1, T - part.inputs["attention_mask"].shape[1])
             with self.adapters.using(mix.select(torch.tensor(rows))), self._images(part), self.autocast():
                 hidden.append(self._last(part, place))
@@ -444,9 +452,10 @@ class HFModel:
         """Rows whose prompts run together: on a CPU so few that what a layer makes stays in its cache."""
         B = len(batch)
         size = B
-        if self.device.type == "cpu" and "places" not in batch.meta:  # prompts are placed for a batch as a whole
+        if (
+            self.device.type == "cpu" and "places" not in batch.meta
+        ):  # prompts are placed for a batch as a whole
             size = max(1, WORKING_SET // (2 * T * int(self.text_config.intermediate_size)))
-            size -= size % CHUNK if size > CHUNK else 0  # whole tower calls
         return [range(a, min(a + size, B)) for a in range(0, B, size)]
 
     def decode(self, token_B: Tensor, position_B: Tensor, mask_BS: Tensor | None, cache: Any) -> Tensor:
