@@ -28,7 +28,7 @@ LAYERS = [
     {"continual", "federated"},
     {"benchmarks", "report", "serve", "values"},
     {"config"},
-    {"analyse", "explain", "plan", "rescore", "export", "start"},
+    {"analyse", "explain", "plan", "rescore", "export", "merging", "start"},
     {"cli"},
 ]
 ORDER = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -213,6 +213,44 @@ def export(
     typer.echo(export_run(run_folder, to, after=after, adapter=adapter, merged=merged))
 
 
+@app.command()
+def merge(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="PEFT folders and key=value parameters, or one recipe.yaml",
+            metavar="ADAPTER…",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option("--with", help="the merger; see --list")] = "average",
+    to: Annotated[Path | None, typer.Option(help="folder to write")] = None,
+    weights: Annotated[str | None, typer.Option(help="one number per adapter, such as 1,0.5")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="auto, cat (exact), svd (truncated to --rank)", show_default=False)
+    ] = None,
+    rank: Annotated[int, typer.Option(help="rank to truncate to; 0: as the inputs have it")] = 0,
+    merged: Annotated[bool, typer.Option("--merged", help="a plain HF checkpoint; needs --base")] = False,
+    base: Annotated[str | None, typer.Option(help="the base model's folder (for --merged, DoRA)")] = None,
+    any_base: Annotated[bool, typer.Option("--any-base", help="also if base names differ")] = False,
+    list_them: Annotated[bool, typer.Option("--list", help="print the mergers and end")] = False,
+) -> None:
+    """Several PEFT adapters in, one out, without training."""
+    from retain import merging
+    from retain.metrics import render
+
+    words = adapters or []
+    if list_them:
+        render.show(merging.merger_rows())
+        return
+    if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
+        spec = merging.from_file(Path(words[0]), to, merged)
+    else:
+        more = {"keep": keep, "rank": rank, "merged": merged, "base": base, "any_base": any_base}
+        spec = merging.from_words(words, method, weights, to, **more)
+    typer.echo(merging.merge(spec).text())
+
+
 analyse = typer.Typer(no_args_is_help=True, help="Measurements on finished runs.")
 app.add_typer(analyse, name="analyse")
 

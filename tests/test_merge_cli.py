@@ -1,0 +1,116 @@
+"""`retain merge`: words and recipes, exit codes, and that a failed merge leaves nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import tiny
+from retain import cli
+from retain.adapters.bank import Mix
+from retain.adapters.peft_format import load_peft, save_peft
+from retain.models.hf import HFModel
+
+
+def call(*args: object) -> Any:
+    return CliRunner().invoke(cli.app, [str(a) for a in args])
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> list[Path]:
+    """Three adapters of the tiny LLaVA with a projector each, as `retain export` writes them, and the base."""
+    model = tiny.model()
+    tiny.fill(model.adapters, "a", "b", "c")
+    hf, processor = tiny.BUILDERS["llava"](0)
+    hf.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    return [save_peft(model.adapters, name, tmp_path / name, "tiny") for name in ("a", "b", "c")]
+
+
+def test_words_and_recipe_say_the_same(adapters: list[Path], tmp_path: Path) -> None:
+    a, b, _ = adapters
+    done = call(
+        "merge",
+        a,
+        b,
+        "--with",
+        "copa",
+        "density=0.3",
+        "lambda=1.5",
+        "--weights",
+        "1,0.5",
+        "--to",
+        tmp_path / "w",
+    )
+    assert done.exit_code == 0, done.output
+    assert "modules merged by copa; rank 8" in done.output and "full copies" in done.output
+    (tmp_path / "r.yaml").write_text(
+        "models:\n  - a\n  - {model: b, weight: 0.5}\nmethod: copa\nparameters: {density: 0.3, lambda: 1.5}\nto: y\n"
+    )
+    assert call("merge", tmp_path / "r.yaml").exit_code == 0
+    left, right = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("w", "y"))
+    assert all(torch.equal(left[k], right[k]) for k in left) and left.keys() == right.keys()
+    assert (
+        call("merge", tmp_path / "r.yaml", "--to", tmp_path / "z").exit_code == 0
+        and (tmp_path / "z").is_dir()
+    )
+
+
+def test_the_result_runs_in_ours_and_as_a_checkpoint(adapters: list[Path], tmp_path: Path) -> None:
+    """An average of three: the adapter's logits are those of the mix, and so are the checkpoint's."""
+    assert call("merge", *adapters, "--to", tmp_path / "out").exit_code == 0
+    done = call("merge", *adapters, "--merged", "--base", tmp_path / "base", "--to", tmp_path / "whole")
+    assert done.exit_code == 0, done.output
+    model = tiny.model()
+    tiny.fill(model.adapters, "a", "b", "c")
+    batch = model.collate(tiny.examples(), answers=True)
+    with model.adapters.using(Mix(dict.fromkeys(("a", "b", "c"), 1 / 3))):
+        want = model(batch).logits_NV
+    rank = json.loads((tmp_path / "out/adapter_config.json").read_text())["r"]
+    wide = tiny.model(spec=type(tiny.SPEC)(rank=rank, alpha=rank))
+    load_peft(wide.adapters, "merged", tmp_path / "out")
+    with wide.adapters.using(Mix({"merged": 1.0})):
+        torch.testing.assert_close(wide(batch).logits_NV, want, atol=1e-4, rtol=0)
+    whole = HFModel.load(tmp_path / "whole", tiny.SPEC)
+    torch.testing.assert_close(whole(batch).logits_NV, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--with", "tise"], "no merger 'tise'; did you mean 'ties'"),
+        (["--with", "ties", "densty=1"], "no parameter 'densty'; did you mean 'density'"),
+        (["--with", "ties", "density=2"], "ties.density: must be in"),
+        (["--weights", "1"], "1 numbers for 3 adapters"),
+        (["--weights", "a,b,c"], "write numbers"),
+        (["--keep", "half"], "keep: 'half' is none of"),
+        (["--merged"], "name it with --base"),
+        (["nowhere"], "nowhere: no such folder"),
+        (["--with", "fisher"], "fisher needs fishers"),
+        (["--with", "slerp"], "slerp takes 2 adapters, not 3"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(
+    words: list[str], told: str, adapters: list[Path], tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    done = call("merge", *adapters, *words, "--to", tmp_path / "out")
+    assert done.exit_code == 2 and told in done.output.replace("\n", " ")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_more_errors(adapters: list[Path], tmp_path: Path) -> None:
+    assert "where to?" in call("merge", *adapters).output
+    assert "name at least one adapter" in call("merge", "--to", tmp_path / "x").output
+    (tmp_path / "r.yaml").write_text("models: [a]\nmethode: ties\n")
+    assert "no key 'methode'; did you mean 'method'" in call("merge", tmp_path / "r.yaml").output
+    (tmp_path / "r.yaml").write_text("models: []\nmethod: ties\n")
+    assert "the list is empty" in call("merge", tmp_path / "r.yaml", "--to", tmp_path / "x").output
+    listed = call("merge", "--list").output
+    assert "copa" in listed and "knots_ties" in listed
