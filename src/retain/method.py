@@ -1,6 +1,6 @@
 """A method is a set of hooks; a stack of methods is a method. This is the loop with its hooks:
 
-    method.check(model, stream)                             # all          refuse what cannot work, before anything is written
+    method.check(model, stream)                             # all          refuse what cannot work, before the run begins
     for task in method.stages(stream):                      # usually the stream itself; multi-task joins it
         bank.mix = method.adapt(ctx)                        # ONE owner    grow or choose adapters; what is on
         method.begin_task(ctx)                              # list order   snapshot, teacher, anchor
@@ -26,7 +26,8 @@ import difflib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -261,10 +262,16 @@ def available() -> dict[str, type[Method]]:
     """Every registered method by name: ours, and those of installed packages (entry point group `retain.methods`)."""
     import retain.methods  # noqa: F401  registers ours
 
-    for point in entry_points(group="retain.methods"):
+    for point in _installed():
         if point.name not in REGISTRY:
             register(point.load())
     return dict(sorted(REGISTRY.items()))
+
+
+@cache
+def _installed() -> tuple[EntryPoint, ...]:
+    """Asked once: it reads the metadata of every installed package."""
+    return tuple(entry_points(group="retain.methods"))
 
 
 def build(spec: str | Mapping[str, Any] | Sequence[Any], where: str = "method") -> Method:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -85,7 +85,10 @@ class Optim:
 
 @dataclass
 class FitStats:
-    """What training one task took. `tokens` counts input tokens, image tokens and soft prompts included."""
+    """What training one task took, and the adapters it trained.
+
+    `tokens` counts input tokens, image tokens and soft prompts included.
+    """
 
     steps: int = 0
     samples: int = 0
@@ -93,6 +96,7 @@ class FitStats:
     seconds: float = 0.0
     last_loss: float = math.nan
     trainable_parameters: int = 0
+    trained: list[str] = field(default_factory=list)
 
 
 class Checkpoints(Protocol):
@@ -135,6 +139,7 @@ def fit(
     saved = checkpoints.load() if checkpoints else None
     stats = FitStats() if saved is None else _restore(saved, model, method, optimizer)
     stats.trainable_parameters = sum(p.numel() for p in parameters)
+    stats.trained = sorted({key.split("/", 1)[0] for key in bank.trainable()})
     started = time.perf_counter() - stats.seconds
     losses, every = list[Tensor](), optim.checkpoint_every
     with _training(model, optim):

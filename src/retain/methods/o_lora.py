@@ -30,8 +30,6 @@ from torch import Tensor
 from retain.adapters.bank import AdapterBank, Mix
 from retain.method import FULL_PARAMS, Context, Method, register
 from retain.methods._parts import slug
-from retain.models.base import Model
-from retain.stream import Stream
 from retain.types import Batch, Output, RetainError
 
 
@@ -84,10 +82,6 @@ class OLora(Method):
         if self.weight < 0 or self.l2_weight < 0:
             told = f"{self.weight} and {self.l2_weight}"
             raise RetainError(f"o_lora: weight >= 0 and l2_weight >= 0 are needed, not {told}")
-
-    def check(self, model: Model, stream: Stream) -> None:
-        if model.adapters.kind != "lora":
-            raise RetainError(f"o_lora: it holds LoRA only apart, not adapter.kind: {model.adapters.kind}")
 
     def adapt(self, ctx: Context) -> Mix:
         bank, task = ctx.model.adapters, ctx.task.name

@@ -46,6 +46,11 @@ class Row:
         """The task, or the words for the row before any."""
         return "zero-shot" if self.task == ZERO_SHOT else self.task
 
+    @cached_property
+    def trained(self) -> frozenset[str]:
+        """The adapters that this row's task trained; empty where that was not recorded."""
+        return frozenset(_optional(self.folder.path / "fit.json").get("trained", ()))
+
     def predictions(self, task: str) -> list[Record]:
         """The predictions on one task, in the order of its test split; empty where it was not evaluated."""
         path = self.folder.predictions(task)

@@ -1,10 +1,12 @@
-"""docs/results.md: many runs as one page: the table, paired tests, scores per task, what the papers say beside it."""
+"""docs/results.md: many runs as one page, order by order: the table, paired tests, routing, scores per task, budgets."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from retain.metrics import Comparison
 from retain.report import summary
 from retain.report.load import Group, Run, group, load_runs
 from retain.report.tables import results_table
@@ -17,16 +19,15 @@ METRICS = ("Last", "Forgetting")
 def write_results(folder: Path, out: Path) -> Path:
     """Fill the part between `<!-- begin:measured -->` and its end in `out` from the finished runs under `folder`."""
     runs = load_runs(sorted(p.parent for p in folder.glob("*/DONE")))
-    groups = _named(group(runs))
+    orders: dict[str, list[Run]] = {"": []}  # the default order first
+    for run in runs:
+        orders.setdefault(order_name(run), []).append(run)
     parts = [
-        f"Made from {len(runs)} runs by `make pocket-table`; mean ± sample standard deviation over seeds.\n",
-        "<!-- table -->",
-        table(groups).rstrip(),
-        "<!-- /table -->\n",
-        *(tests(groups, name) for name in BASELINES if any(g.label == name for g in groups)),
-        per_task(groups),
-        budgets(groups),
+        f"Made from {len(runs)} runs by `make pocket-table`; mean ± sample standard deviation over seeds.\n"
     ]
+    for order, members in orders.items():
+        if members:
+            parts += _section(order, _named(group(members)))
     begin, end = "<!-- begin:measured -->", "<!-- end:measured -->"
     text = out.read_text(encoding="utf8") if out.is_file() else f"# Results\n\n{begin}\n{end}\n"
     if begin not in text or end not in text:
@@ -36,9 +37,29 @@ def write_results(folder: Path, out: Path) -> Path:
     return out
 
 
+def _section(order: str, groups: Sequence[Group]) -> list[str]:
+    """Everything about the runs of one order of the tasks."""
+    tasks = ", ".join(groups[0].runs[0].tasks)
+    return [
+        *([f"### Order `{order}`: {tasks}\n"] if order else []),
+        "<!-- table -->",
+        table(groups).rstrip(),
+        "<!-- /table -->\n",
+        *(tests(groups, name) for name in BASELINES if any(g.label == name for g in groups)),
+        *filter(None, [routes(groups)]),
+        per_task(groups),
+        budgets(groups),
+    ]
+
+
 def recipe_name(run: Run) -> str:
-    """The recipe's name as the folder says it: NAME-SEED."""
-    return run.path.name.rpartition("-")[0] or run.path.name
+    """The recipe's name as the folder says it: NAME-SEED, or NAME.ORDER-SEED for another order of the tasks."""
+    return (run.path.name.rpartition("-")[0] or run.path.name).partition(".")[0]
+
+
+def order_name(run: Run) -> str:
+    """The order of the tasks as the folder says it; empty for the default."""
+    return run.path.name.rpartition("-")[0].partition(".")[2]
 
 
 def table(groups: Sequence[Group]) -> str:
@@ -49,20 +70,41 @@ def table(groups: Sequence[Group]) -> str:
 
 
 def tests(groups: Sequence[Group], baseline: str) -> str:
-    """Every method against one baseline over the same seeds: difference, 95 % interval, permutation p, Holm's p."""
+    """Every method against one baseline: difference, 95 % interval, p; over seeds where two or more are shared."""
     against = next(g for g in groups if g.label == baseline)
-    lines = [f"**Against `{baseline}`**, paired over seeds (difference, 95 % interval, p):\n"]
-    lines += ["| method | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]
+    lines = [
+        f"**Against `{baseline}`** (difference, 95 % interval, p; over samples it speaks of these runs only):\n"
+    ]
+    lines += ["| method | " + " | ".join(METRICS) + " | paired |", "|---|" + "---|" * len(METRICS) + "---|"]
     for g in groups:
-        if g is against or len(g.runs) < 2:
+        if g is against:
             continue
-        found = summary.paired(g, against)
-        cells = []
-        for name in METRICS:
-            c = found.named(name)
-            cells.append(f"{c.difference:+.1f} [{c.low:+.1f}, {c.high:+.1f}], p = {c.p:.3f}" if c else "–")
-        lines.append(f"| {g.label} | " + " | ".join(cells) + " |")
+        made = summary.paired(g, against)
+        found = [made.named(name) for name in METRICS]
+        how = next((f"{c.test}, n = {c.n}" for c in found if c and c.test), made.reason or "–")
+        lines.append(f"| {g.label} | " + " | ".join(_tested(c) for c in found) + f" | {how} |")
     return "\n".join(lines) + "\n"
+
+
+def _tested(c: Comparison | None) -> str:
+    if c is None or c.difference is None or c.low is None or c.high is None or c.p is None:
+        return "–"
+    return f"{c.difference:+.1f} [{c.low:+.1f}, {c.high:+.1f}], p = {c.p:.3f}"
+
+
+def routes(groups: Sequence[Group]) -> str:
+    """Routing accuracy of the methods that route; empty where none does."""
+    lines = [
+        "**Routing**: share of test samples that an adapter trained on their task answered, after the last task:\n",
+        "| method | routed right | seeds |",
+        "|---|---:|---:|",
+    ]
+    for g in groups:
+        found = [v for run in summary.counted(g) if (v := summary.routing(run)) is not None]
+        if found:
+            spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+            lines.append(f"| {g.label} | {statistics.mean(found):.1f}{spread} | {len(found)} |")
+    return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
 
 def per_task(groups: Sequence[Group]) -> str:

@@ -89,6 +89,25 @@ def mean_matrix(group: Group) -> Aggregate | None:
     return aggregate(found) if found else None
 
 
+def routing(run: Run) -> float | None:
+    """Share in percent of the learned tasks' test samples that an adapter trained on their task answered, after the
+    last task. A blend counts as its heaviest adapter.
+
+    None where nothing is routed: all tasks trained the same adapters, or no sample has a heaviest one (a sum).
+    """
+    trained = {row.task: row.trained for row in run.learned}
+    if len(set(trained.values())) < 2:
+        return None
+    hits, routed = [], False
+    for task, own in trained.items():
+        for record in run.learned[-1].predictions(task):
+            mix = record.get("mix") or {}
+            top = [name for name, w in mix.items() if w == max(mix.values())]
+            routed |= len(top) == 1
+            hits.append(len(top) == 1 and top[0] in own)
+    return 100 * sum(hits) / len(hits) if routed else None
+
+
 # -- paired tests ---------------------------------------------------------------------------------------
 
 
@@ -178,6 +197,7 @@ COSTS = (
     Cost("trainable_parameters", "trainable parameters", count, True),
     Cost("stored_parameters", "stored parameters", count, True),
     Cost("stored_bytes", "stored bytes", size, True),
+    Cost("method_state_bytes", "of it method state", size, False),
     Cost("steps", "steps", count, True),
     Cost("samples", "samples", count, True),
     Cost("tokens", "tokens", count, True),

@@ -32,6 +32,11 @@ def compare(
     show(metric_rows(groups), console=console)
     _say(console, formulas(groups))
     show(cost_rows(groups), "Cost at the end, mean over seeds", console=console)
+    show(
+        state_rows(groups),
+        "Method state / everything stored after each task, mean over seeds",
+        console=console,
+    )
     others = [g for g in groups if g is not base]
     if others:
         show(
@@ -67,6 +72,21 @@ def cost_rows(groups: Sequence[Group]) -> list[list[str]]:
     entries = [c for c in summary.COSTS if any(summary.mean_cost(g, c.key) is not None for g in groups)]
     body = [[g.label, *(summary.written(c, summary.mean_cost(g, c.key)) for c in entries)] for g in groups]
     return [["method", *(c.words for c in entries)], *body]
+
+
+def state_rows(groups: Sequence[Group]) -> list[list[str]]:
+    """Bytes of the method's state, and of adapters and state together, row by row: what grows with the tasks."""
+    n_rows = max(len(run.learned) for g in groups for run in g.runs)
+    body = []
+    for g in groups:
+        cells = []
+        for i in range(n_rows):
+            budgets = [run.learned[i].budget for run in summary.counted(g) if i < len(run.learned)]
+            pairs = [[summary.cost(b, k) for b in budgets] for k in ("method_state_bytes", "stored_bytes")]
+            known = [[v for v in values if v is not None] for values in pairs]
+            cells.append(" / ".join(summary.size(sum(v) / len(v)) if v else "–" for v in known))
+        body.append([g.label, *cells])
+    return [["method", *map(str, range(1, n_rows + 1))], *body]
 
 
 def test_rows(groups: Sequence[Group], against: Group) -> list[list[str]]:

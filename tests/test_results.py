@@ -1,0 +1,140 @@
+"""docs/results.md and what it adds to a comparison: orders of the tasks, routing accuracy, bytes of method state."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from fake_runs import fake_run
+from retain.benchmarks.pocket import ORDER
+from retain.method import available, build
+from retain.report import summary
+from retain.report.load import group, load_run, load_runs
+from retain.report.results import write_results
+from retain.report.tables import compare, state_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = ("garments", "digits", "icons")
+
+
+def made(
+    path: Path, trained: dict[str, list[str]] | None = None, tasks: tuple[str, ...] = TASKS, **more: Any
+) -> Path:
+    """A run; `trained` says which adapters each task trained. Rows keep 100 bytes of method state per task."""
+    fake_run(path, tasks=tasks, n=8, steps=4, **more)
+    for i, row in enumerate(sorted((path / "rows").iterdir())):
+        budget = json.loads((row / "budget.json").read_text())
+        (row / "budget.json").write_text(json.dumps({**budget, "method_state_bytes": 100 * i}))
+        if trained and i:
+            (row / "fit.json").write_text(
+                json.dumps({"learned": list(tasks[:i]), "trained": trained[tasks[i - 1]]})
+            )
+    return path
+
+
+def rewrite(run: Path, task: str, mixes: list[dict[str, float]]) -> None:
+    """Other routes in the last row."""
+    file = sorted((run / "rows").iterdir())[-1] / "predictions" / f"{task}.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [json.dumps({**r, "mix": m}) + "\n" for r, m in zip(records, mixes, strict=True)]
+    file.write_text("".join(lines))
+
+
+def test_routing_counts_the_heaviest_adapter_by_the_task_that_trained_it(tmp_path: Path) -> None:
+    own = {t: [t] for t in TASKS}
+    run = made(tmp_path / "a", own, routed=True)
+    assert summary.routing(load_run(run)) == 100
+    rewrite(run, "digits", [{"digits": 0.6, "icons": 0.4}] * 2 + [{"digits": 0.2, "icons": 0.8}] * 5 + [{}])
+    assert summary.routing(load_run(run)) == pytest.approx(100 * (8 + 2 + 8) / 24)
+    # two tasks share an adapter: either is right for both
+    shared = made(tmp_path / "b", {"garments": ["g"], "digits": ["d"], "icons": ["g", "fused"]}, routed=True)
+    for task, name in (("garments", "g"), ("digits", "d"), ("icons", "g")):
+        rewrite(shared, task, [{name: 1.0}] * 8)
+    assert summary.routing(load_run(shared)) == 100
+
+
+def test_what_does_not_route_has_no_routing_accuracy(tmp_path: Path) -> None:
+    one = made(tmp_path / "one", {t: ["lora"] for t in TASKS}, routed=True)
+    unknown = made(tmp_path / "unknown", routed=True)  # a run of an earlier version
+    summed = made(tmp_path / "sum", {t: [t] for t in TASKS}, routed=True)
+    for task in TASKS:
+        rewrite(summed, task, [dict.fromkeys(TASKS, 1.0)] * 8)
+    assert [summary.routing(load_run(r)) for r in (one, unknown, summed)] == [None, None, None]
+
+
+def test_method_state_is_told_at_the_end_and_task_by_task(tmp_path: Path) -> None:
+    runs = [made(tmp_path / "a"), made(tmp_path / "b", method=("lora", "ewc"))]
+    head, first, second = state_rows(group(load_runs(runs)))
+    assert head == ["method", "1", "2", "3"]
+    assert [cell.split(" / ")[0] for cell in first[1:]] == ["100 B", "200 B", "300 B"]
+    assert second[0] == "lora + ewc" and all("MiB" in cell for cell in second[1:])
+    out = io.StringIO()
+    compare(runs, Console(file=out, width=400))
+    assert "of it method state" in out.getvalue() and "300 B" in out.getvalue()
+
+
+def test_orders_have_sections_of_their_own(tmp_path: Path) -> None:
+    runs, back = tmp_path / "table", tuple(reversed(TASKS))
+    for name, method in (("lora", ("lora",)), ("replay", ("lora", "replay")), ("routed", ("lora_per_task",))):
+        own = {t: [t] for t in TASKS} if name == "routed" else None
+        for seed in (0, 1):
+            made(runs / f"{name}-{seed}", own, method=method, seed=seed, routed=name == "routed")
+        made(runs / f"{name}.reversed-0", own, back, method=method, routed=name == "routed")
+    text = write_results(runs, tmp_path / "results.md").read_text()
+    default, other = text.split("### Order `reversed`: icons, digits, garments")
+    for part, test in ((default, "paired t over seeds, n = 2"), (other, "paired permutation over samples")):
+        assert (
+            part.count("<!-- table -->") == 1
+            and "**Against `lora`**" in part
+            and "**Against `replay`**" in part
+        )
+        assert test in part and "| routed | 100.0" in part
+        assert "| lora | 100" not in part
+    assert "Made from 9 runs" in default
+
+
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("pocket_table", ROOT / "scripts" / "pocket_table.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_knows_every_recipe_and_real_orders() -> None:
+    table = script()
+    names = table.recipes()
+    assert names[: len(table.FIRST)] == table.FIRST and len(set(names)) == len(names)
+    parts = set()
+    for name in names:
+        recipe = yaml.safe_load((ROOT / "recipes" / "pocket" / f"{name}.yaml").read_text())
+        parts |= {p.name for p in build(recipe["method"]).parts}
+    ours = {n for n, cls in available().items() if cls.__module__.startswith("retain.methods.")}
+    assert ours <= parts, f"no recipe in recipes/pocket uses {sorted(ours - parts)}"
+    for order in filter(None, table.ORDERS.values()):
+        assert sorted(order.split()) == sorted(ORDER)
+    assert table.ORDERS["reversed"].split() == list(reversed(ORDER))
+
+
+def test_the_folder_says_recipe_order_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, commands = script(), list[list[str]]()
+
+    def run(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(table.subprocess, "run", run)
+    table.one("lora", 3, "default", tmp_path, [])
+    table.one("lora", 3, "reversed", tmp_path, ["optim.steps=2"])
+    assert commands[0][-2:] == ["seed=3", f"out={tmp_path / 'lora-3'}"]
+    assert commands[1][-3:-1] == [
+        f"out={tmp_path / 'lora.reversed-3'}",
+        "stream.pocket.order=[distortion, digits, counting, garments, icons, charts, boxes, captions]",
+    ]
