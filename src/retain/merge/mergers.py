@@ -114,7 +114,7 @@ class Merger:
         parts, errors = dict[str, Part](), dict[str, float]()
         for path in all_parts[0]:
             here = [p[path] for p in all_parts]
-            inputs = {k: [p[path] for p in v] for k, v in extra.items()}
+            inputs = {k: [entry(p, path, k) for p in v] for k, v in extra.items()}
             with where(path):
                 same_shape(here, path, names)
                 ranks = [p.rank for p in here if isinstance(p, Low)]
@@ -227,6 +227,14 @@ def same_modules(all_parts: Sequence[Mapping[str, Any]], names: Sequence[str]) -
             )
         if extra:
             raise RetainError(f"{name}: {extra[0]} ({len(extra)} in all) is not in {names[0]}")
+
+
+def entry(parts: Mapping[str, Part], path: str, what: str) -> Part:
+    """A module's entry of a state-valued parameter, as factors or, as `path.weight`, dense."""
+    found = parts.get(path, parts.get(f"{path}.weight"))
+    if found is None:
+        raise RetainError(f"{what}: nothing for {path}; there is {sorted(parts)[:3]} …")
+    return found
 
 
 def same_shape(parts: Sequence[Part], path: str, names: Sequence[str]) -> None:

@@ -66,7 +66,9 @@ def scaled(part: Part, c: float) -> Part:
 
 
 def total(parts: Sequence[Part], weights: Sequence[float]) -> Part:
-    """sum_n w_n dW_n; exact and of summed rank where every part is low rank."""
+    """sum_n w_n dW_n; exact and of summed rank where every part is low rank. A weight of 0 adds no rank."""
+    on = [(p, w) for p, w in zip(parts, weights) if w] or [(parts[0], 0.0)]
+    parts, weights = [p for p, _ in on], [w for _, w in on]
     low = [p for p in parts if isinstance(p, Low)]
     if len(low) == len(parts):
         B = [p.B if w == 1 else p.B * w for p, w in zip(low, weights)]

@@ -1,0 +1,179 @@
+"""merge_tasks, merge_after_task and CoFiMA: what they store is what their formulas say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import retain.methods._merging as merging
+from fake_model import FakeModel, context, stream
+from reference import merge as reference
+from retain.adapters.bank import Mix
+from retain.benchmarks.pocket_merge import pocket_merge
+from retain.merge import merger
+from retain.merge.parts import Low, split, truncated
+from retain.method import Stack, build
+from retain.methods.cofima import CoFiMA
+from retain.methods.merge_after_task import MergeAfterTask
+from retain.methods.merge_tasks import MergeTasks
+from retain.train import Optim, fit
+from retain.types import RetainError
+
+
+def learn(method: Any, tasks: int = 2, steps: int = 6) -> FakeModel:
+    model, seen = FakeModel(), list[str]()
+    for task in stream()[:tasks]:
+        fit(model, method, context(model, task.name, seen), Optim(lr=5e-2, steps=steps, batch_size=4))
+        seen.append(task.name)
+    return model
+
+
+def dense(state: Any) -> dict[str, torch.Tensor]:
+    return {k: p.dense() if isinstance(p, Low) else p for k, p in split(state).items()}
+
+
+@pytest.mark.parametrize(("name", "params"), [("copa", {}), ("ties", {"density": 0.5}), ("average", {})])
+def test_what_answers_is_the_merge_of_adapters_tuned_alone(name: str, params: dict[str, Any]) -> None:
+    method = MergeTasks(merger=name, params=params)
+    model = learn(method, 3)
+    bank, tasks = model.adapters, list(method.adapter_of.values())
+    assert list(bank.mix.weights.values()) == [1.0] * len(bank.mix.names) and len(tasks) == 3
+    want = dense(merger(name)([merging.changes(bank, n) for n in tasks], keep="cat", **params))
+    stored = [dense(merging.changes(bank, n)) for n in bank.mix.names]
+    for key, w in want.items():
+        torch.testing.assert_close(sum(s[key] for s in stored), w, atol=1e-5, rtol=1e-4)
+    alone = learn(build("lora"), 1).adapters.state("lora")  # the first task, tuned by plain LoRA
+    moved = [float((alone[k] - t).abs().max()) for k, t in bank.state(tasks[0]).items() if "lora_B" in k]
+    assert max(moved) < 1.0 and not bank.trainable()
+
+
+def test_a_later_task_does_not_start_from_the_merge() -> None:
+    """Tuning is from the base model: while a task trains, only its own adapter is on."""
+    method, model = MergeTasks(), learn(MergeTasks(), 1)
+    method = MergeTasks()
+    method.adapter_of = {"colour": "01-colour"}
+    mix = method.adapt(context(model, "letter", ["colour"]))
+    assert mix.weights == {"02-letter": 1.0}
+    assert not any(t.any() for k, t in model.adapters.state("02-letter").items() if not k.endswith("lora_A"))
+
+
+def test_coma_in_a_stream() -> None:
+    part = MergeAfterTask(params={"new": 0.3})
+    states: list[Any] = []
+
+    class Watch(MergeAfterTask):
+        def end_task(self, ctx: Any) -> None:
+            states.append((self.before.get("lora"), merging.changes(ctx.model.adapters, "lora")))
+            super().end_task(ctx)
+            states.append(merging.changes(ctx.model.adapters, "lora"))
+
+    part = Watch(params={"new": 0.3})
+    learn(Stack(build("lora"), part))
+    (none, first), after_first, (old, new), merged = states
+    assert none is None and all(torch.equal(first[k], after_first[k]) for k in first)
+    assert all(torch.equal(after_first[k], old[k]) for k in old)  # the next task starts from the merge
+    for key, d in dense(merged).items():
+        want = 0.7 * dense(old)[key] + 0.3 * dense(new)[key]
+        want = want if "projector" in key else truncated(want, 2)[0].dense()
+        torch.testing.assert_close(d, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("space", ["deltas", "factors"])
+def test_cofima_equals_the_formula(space: str) -> None:
+    states: list[Any] = []
+
+    class Watch(CoFiMA):
+        def end_task(self, ctx: Any) -> None:
+            states.append((dict(self.before), dict(self.fisher), merging.changes(ctx.model.adapters, "lora")))
+            super().end_task(ctx)
+            states.append((merging.changes(ctx.model.adapters, "lora"), dict(self.fisher)))
+
+    learn(Stack(build("lora"), Watch(lam=0.4, n_samples=8, space=space)))
+    (_, _, _), _, (old, F_old, new), (merged, F_new) = states
+    if space == "deltas":
+        old, new, merged = (
+            {k if "projector" in k else f"{k}.weight": v for k, v in dense(s).items()}
+            for s in (old, new, merged)
+        )
+    for key, got in merged.items():
+        parts = [t[key].flatten().tolist() for t in (old, new, F_old, F_new)]
+        want = torch.tensor(reference.cofima(*parts, 0.4)).view(got.shape)
+        if space == "deltas" and "projector" not in key:
+            want = truncated(want, 2)[0].dense()
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
+def test_the_fisher_of_a_change_is_that_of_the_weight() -> None:
+    """dL/dW by hooks equals autograd on the frozen weight itself, batch by batch, squared and averaged."""
+    part = CoFiMA(n_samples=8)
+    model = learn(build("lora"), 1)
+    model.train(False)
+    model.adapters.train_only("lora")
+    ctx = context(model)
+    got = part._fisher(ctx, "lora")
+    layers = {p: s for p, s in model.adapters.sites.items() if s.group == "lora"}
+    rows = torch.randperm(24, generator=ctx.rng("cofima"))[:8].tolist()
+    want = {p: torch.zeros_like(s.base.weight) for p, s in layers.items()}
+    for i in (0, 4):
+        batch = model.collate([ctx.task.train[r] for r in rows[i : i + 4]], answers=True)
+        weights = [s.base.weight.requires_grad_() for s in layers.values()]
+        model.adapters.mix = Mix(
+            {"lora": torch.ones(4)}
+        )  # per sample: no fused node, which treats W as frozen
+        for (p, _), g in zip(layers.items(), torch.autograd.grad(model(batch).loss, weights)):
+            want[p] += g.square() / 2
+    for p, w in want.items():
+        torch.testing.assert_close(got[f"{p}.weight"], w, atol=1e-9, rtol=1e-4)
+        assert w.max() > 0
+
+
+def test_coma_forgets_less_than_plain_lora() -> None:
+    """The old task's loss after two tasks: averaged < sequential; the new task's is below the untuned one."""
+    losses = {}
+    for name, method in (
+        ("lora", build("lora")),
+        ("coma", build(["lora", "merge_after_task"])),
+        ("cofima", build(["lora", "cofima"])),
+    ):
+        model = learn(method, steps=20)
+        model.train(False)
+        with torch.no_grad():
+            losses[name] = [
+                float(model(model.collate(list(t.test), answers=True)).loss) for t in stream()[:2]
+            ]
+    with torch.no_grad():
+        plain = FakeModel()
+        untuned = float(plain(plain.collate(list(stream()[1].test), answers=True)).loss)
+    for name in ("coma", "cofima"):
+        assert losses[name][0] < losses["lora"][0] and losses[name][1] < untuned
+
+
+def test_bad_fields_are_named_before_training() -> None:
+    for spec, told in (
+        ({"merge_tasks": {"merger": "tise"}}, "merge_tasks.merger: no merger 'tise'; did you mean 'ties'"),
+        ({"merge_tasks": {"params": {"densty": 1}}}, "merge_tasks.params: copa: no parameter 'densty'"),
+        ({"merge_tasks": {"keep": "half"}}, "merge_tasks.keep"),
+        ({"merge_tasks": {"weights": ["a"]}}, "merge_tasks.weights"),
+        ({"merge_tasks": {"merger": "fisher"}}, "fisher needs fishers"),
+        ({"merge_after_task": {"weights": [1.0]}}, "two"),
+        ({"cofima": {"lam": 2.0}}, "lam in 0..1"),
+        ({"cofima": {"space": "x"}}, "cofima.space"),
+    ):
+        with pytest.raises(RetainError, match=told):
+            build(spec)
+    with pytest.raises(RetainError, match="2 numbers for 3 tasks"):
+        MergeTasks(weights=[1.0, 1.0]).check(FakeModel(), stream())
+    with pytest.raises(RetainError, match="slerp takes 2 adapters, the stream has 3"):
+        MergeTasks(merger="slerp").check(FakeModel(), stream())
+    with pytest.raises(RetainError, match="one adapter must train"):
+        model = FakeModel()
+        ctx = context(model)
+        model.adapters.mix = Mix()
+        CoFiMA().begin_task(ctx)
+
+
+def test_pocket_merge_has_seen_and_unseen_tasks() -> None:
+    s = pocket_merge(n_train=4, n_test=3, n_valid=2)
+    assert len(s) == 6 and [t.name for t in s.unseen] == ["icons", "digits"]
