@@ -125,6 +125,32 @@ RECIPE: dict[str, Case] = {
         lambda d: ["method=[lora, lora_per_task]"], ["adapt", "one part may define it", "'lora'", "'lora_per_task'"],
     ),
     "nobody owns adapt": (lambda d: ["method=[ewc]"], ["adapt", "'ewc'", "`lora`"]),
+    "prompts without a prompt adapter": (
+        lambda d: ["method=modal_prompt"], ["adapter.kind", "'lora'", "'modal_prompt'", "kind: prompt"],
+    ),
+    "prompt adapter without a prompt method": (
+        lambda d: ["adapter={kind: prompt}"], ["adapter.kind", "'prompt'", "'lora'", "choose another method"],
+    ),
+    "experts for prompts": (
+        lambda d: ["method=modal_prompt", "adapter={kind: moe}"], ["adapter.kind", "'moe'", "kind: prompt"],
+    ),
+    "experts without an expert adapter": (lambda d: ["method=moe_lora"], ["adapter.kind", "'moe_lora'", "kind: moe"]),
+    "experts that do not divide": (
+        lambda d: ["method=moe_lora", "adapter={kind: moe, rank: 4, experts: 3}"], ["adapter", "rank 4", "3 experts"],
+    ),
+    "unknown adapter kind": (lambda d: ["adapter={kind: promt}"], ["adapter.kind", "'promt'", "did you mean 'prompt'"]),
+    "a key of another kind": (lambda d: ["adapter={kind: prompt, rank: 4}"], ["adapter", "'rank'", "at_once"]),
+    "prompts beyond the context": (
+        lambda d: ["method=modal_prompt", "adapter={kind: prompt, tokens: 200}"],
+        ["adapter", "3 prompts of 200 tokens", "512 positions"],
+    ),
+    "prompts and example beyond the context": (
+        lambda d: ["method=modal_prompt", "adapter={kind: prompt, tokens: 166}"], ["colour", "498 more are kept", "prompts"],
+    ),
+    "more top layers than layers": (lambda d: ["method={hide: {top_k: 9}}"], ["hide.top_k", "9", "2 layers"]),
+    "routed without features": (
+        lambda d: ["method=hide", "adapter.targets=all"], ["hide", "frozen features", "model.guide"],
+    ),
     "targets match nothing": (lambda d: ["adapter.targets=nothing_here"], ["adapter", "targets", "nothing_here"]),
     "targets no expression": (lambda d: ["adapter.targets='('"], ["adapter", "targets", "'('", "regular expression"]),
     "no such model": (lambda d: ["model=./nowhere"], ["model", "./nowhere"]),

@@ -80,7 +80,9 @@ def chosen(score_BK: Tensor, names: Sequence[str], n: int, last: str | None = No
     if n:
         best_Bn = score_BK.argsort(dim=1, descending=True, stable=True)[:, :n].flip(1)
         w_BK.scatter_(1, best_Bn, (torch.arange(1, n + 1) / m).to(w_BK).expand(len(w_BK), -1))
-    weights: dict[str, float | Tensor] = {k: w_BK[:, i] for i, k in enumerate(names) if bool(w_BK[:, i].any())}
+    weights: dict[str, float | Tensor] = {
+        k: w_BK[:, i] for i, k in enumerate(names) if bool(w_BK[:, i].any())
+    }
     return Mix(weights if last is None else {**weights, last: 1.0})
 
 
