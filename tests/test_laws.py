@@ -60,7 +60,22 @@ SPECS: dict[str, Any] = {
     "modal_prompt + replay": ["modal_prompt", {"replay": {"size": 7}}],
     "moe_lora": "moe_lora",
     "moe_lora, ewc, replay": ["moe_lora", {"ewc": {"n_samples": 3}}, {"replay": {"size": 5}}],
+    "o_lora": {"o_lora": {"weight": 0.1}},
+    "o_lora trained alone, decayed": {"o_lora": {"forward": "current", "l2_weight": 0.1}},
+    "gpm": ["lora", {"gpm": {"threshold": 0.6, "n_samples": 4}}],
+    "gpm on A": ["lora", {"gpm": {"n_samples": 3, "n_tokens": 2, "factors": "A"}}],
+    "merge_tasks": "merge_tasks",
+    "merge_tasks dare_ties": {"merge_tasks": {"merger": "dare_ties", "params": {"density": 0.5}}},
+    "merge_tasks svd": {"merge_tasks": {"merger": "ties", "keep": "svd", "rank": 3, "weights": [1, 0.5, 2]}},
+    "merge_after_task": ["lora", "merge_after_task"],
+    "merge_after_task ties": ["lora", {"merge_after_task": {"merger": "ties", "weights": [1, 2]}}],
+    "cofima": ["lora", {"cofima": {"n_samples": 9}}],
+    "cofima factors": ["lora", {"cofima": {"n_samples": 9, "space": "factors", "clip": 0.9}}],
     "groups + llaca": ["instruction_groups", "llaca"],
+    "groups, llaca, replay": ["instruction_groups", {"llaca": {"variant": "paper"}}, {"replay": {"size": 4}}],
+    "replay, llaca, o_lora": [{"replay": {"size": 5}}, {"llaca": {"first_task": True}}, "o_lora"],
+    "nested replay, gpm": ["lora", [{"replay": {"size": 5}}, {"gpm": {"threshold": 0.5, "n_samples": 4}}]],
+    "nested disco, lwf, ema": ["disco", ["lwf", [{"ema": {"beta": 0.5}}]]],
     "nested": [
         ["lora", {"replay": {"size": 5}}],
         [{"ewc": {"n_samples": 3}}, ["lwf", {"llaca": {"variant": "paper"}}]],
@@ -82,9 +97,14 @@ OFF: dict[str, tuple[Any, Any]] = {
     "llaca": (["lora", {"llaca": {"kappa": 0.0, "fallback": 1.0, "first_task": True}}], "lora"),
     "llaca paper": (["lora", {"llaca": {"variant": "paper", "kappa": 0.0, "fallback": 1.0}}], "lora"),
     "replay of prompts": (["modal_prompt", {"replay": {"size": 0}}], "modal_prompt"),
+    "gpm": (["lora", {"gpm": {"threshold": 0.0}}], "lora"),
+    "o_lora's averages": (["o_lora", "llaca"], "o_lora"),
+    "merge_after_task": (["lora", {"merge_after_task": {"params": {"new": 1.0}}}], "lora"),
+    "merge_after_task, all adapters new": (["lora_per_task", "merge_after_task"], "lora_per_task"),
+    "cofima": (["lora", {"cofima": {"lam": 1.0}}], "lora"),
     "llaca, all adapters new": (["lora_per_task", "llaca"], "lora_per_task"),
 }
-OPTIM = Optim(lr=2e-2, steps=6, batch_size=4, warmup=0.0, checkpoint_every=2, log_every=1)
+OPTIM = Optim(lr=2e-2, steps=4, batch_size=4, warmup=0.0, checkpoint_every=2, log_every=1)
 SPEC = LoraSpec(rank=2, alpha=4.0, dropout=0.1)
 ADAPTERS: dict[str, Spec] = {
     "lora": SPEC,
@@ -95,10 +115,10 @@ ADAPTERS: dict[str, Spec] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick() -> Iterator[None]:
-    """The laws are about values: nothing is flushed to the disk, and git is not asked in every run."""
+    """The laws are about values: nothing is flushed to the disk, and no run asks for versions and git."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: None)
-        patch.setattr(continual, "_git", lambda: None)
+        patch.setattr(continual, "environment", dict)
         yield
 
 
@@ -196,7 +216,7 @@ class Killer(Silent):
         self.last = self.stages == 2 or task == "multitask"
 
     def step(self, i: int, loss: float) -> None:
-        if self.last and i == 5:
+        if self.last and i == 3:
             raise KilledError
 
 
@@ -220,6 +240,10 @@ def test_stacks_nest(name: str) -> None:
 def test_conflicts_are_named() -> None:
     with pytest.raises(Conflict, match=r"adapt.*'lora', 'lora_per_task'"):
         build(["lora", ["replay", "lora_per_task"]])
+    with pytest.raises(Conflict, match=r"adapt.*'o_lora', 'hide'"):
+        build([["replay", "o_lora"], "llaca", ["hide"]])
+    with pytest.raises(Conflict, match=r"adapt.*'modal_prompt', 'moe_lora'"):
+        build(["modal_prompt", "moe_lora"])
     with pytest.raises(Conflict, match="stages"):
         build(["multitask", "zero_shot"])
     with pytest.raises(Conflict, match="route"):
