@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-PARTS = ("train", "evaluate", "method", "route", "memory", "growth")
+PARTS = ("train", "evaluate", "method", "route", "prompts", "memory", "growth")
 HERE = Path(__file__).resolve().parent
 
 

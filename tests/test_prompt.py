@@ -147,12 +147,12 @@ def test_mixes_that_cannot_be_are_refused() -> None:
     batch = model.collate(tiny.examples(), answers=True)
     with (
         model.adapters.using(Mix(dict.fromkeys(IDS, 1.0))),
-        pytest.raises(RetainError, match="3 prompts.*at_once is 2"),
+        pytest.raises(RetainError, match=r"3 prompts.*at_once is 2"),
     ):
         model(batch)
     with (
         model.adapters.using(Mix({"a": torch.ones(4)})),
-        pytest.raises(RetainError, match="4 samples.*has 6"),
+        pytest.raises(RetainError, match=r"4 samples.*has 6"),
     ):
         model(batch)
 
@@ -181,7 +181,7 @@ def test_prompts_and_examples_share_the_context() -> None:
 def test_a_family_that_runs_whole_is_refused_by_name() -> None:
     hf, processor = tiny.llava()
     hf.config.model_type = "something_new"
-    with pytest.raises(RetainError, match="kind prompt.*something_new"):
+    with pytest.raises(RetainError, match=r"kind prompt.*something_new"):
         HFModel(hf, processor, SPEC)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from retain import config
 from retain.adapters.bank import Mix
+from retain.adapters.lora import LoraSpec
 from retain.adapters.peft_format import load_peft, merge_into_base, save_peft
 from retain.config import Recipe
 from retain.models.base import Model
@@ -98,6 +99,7 @@ def _probe(model: Model) -> Batch:
 def _difference(recipe: Recipe, folder: Path, batch: Batch, wanted: torch.Tensor) -> float:
     """Load the written adapter into a fresh base and compare logits."""
     written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert isinstance(recipe.adapter, LoraSpec), "save_peft refuses other kinds"
     spec = replace(recipe.adapter, rank=int(written["r"]), alpha=float(written["lora_alpha"]))
     fresh = replace(recipe, adapter=spec).build_model()
     load_peft(fresh.adapters, "exported", folder)

@@ -75,8 +75,8 @@ class Prompts(nn.Module):
     `embed` is the table that rows are drawn from, `width` says F when the first prompt is made.
     """
 
-    layer = None
-    group = "prompt"
+    layer: int | None = None
+    group: str = "prompt"
     no_peft: ClassVar[str] = (
         "soft prompts (adapter.kind: prompt) are no LoRA, and PEFT's prompt tuning puts them before BOS, not after it"
     )
