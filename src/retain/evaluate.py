@@ -139,18 +139,19 @@ def evaluate(
         for file in sorted(part.parent.glob(f"{part.name}*")):
             found |= {row["id"]: row["prediction"] for row in read_jsonl(file)}
     told: dict[int, tuple[str, Mapping[str, float]]] = {}
-    for rows, mix in batches[engine.rank :: engine.world]:
-        ids = [task.test[i].id for i in rows]
-        if all(i in found for i in ids):
-            texts = [found[i] for i in ids]
-        else:
-            texts = _generate(model, task, rows, mix, options)
-            if mine is not None:
-                append_lines(
-                    mine, [{"id": i, "prediction": text} for i, text in zip(ids, texts, strict=True)]
-                )
-        told |= {i: (text, _weights(mix, k)) for k, (i, text) in enumerate(zip(rows, texts, strict=True))}
-        advance(len(rows))
+    with model.adapters.unchanging():
+        for rows, mix in batches[engine.rank :: engine.world]:
+            ids = [task.test[i].id for i in rows]
+            if all(i in found for i in ids):
+                texts = [found[i] for i in ids]
+            else:
+                texts = _generate(model, task, rows, mix, options)
+                if mine is not None:
+                    append_lines(
+                        mine, [{"id": i, "prediction": text} for i, text in zip(ids, texts, strict=True)]
+                    )
+            told |= {i: (text, _weights(mix, k)) for k, (i, text) in enumerate(zip(rows, texts, strict=True))}
+            advance(len(rows))
     everyone = {i: row for share in engine.gather(told) for i, row in share.items()}
     whole = [everyone[i] for i in range(len(task.test))]
     return score(task, [text for text, _ in whole], [mix for _, mix in whole])

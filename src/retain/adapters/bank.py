@@ -99,6 +99,7 @@ class AdapterBank:
         self.signature = dict(signature)
         self.kind = kind
         self.names: list[str] = []
+        self._training: set[str] = set()  # so that a step costs the same beside fifty frozen adapters
         self.mix = Mix()
         self.image_row_I: Tensor | None = None  # sample of each image, set by the model around a forward
         self.image_tokens_I: Tensor | None = None  # tokens of each image where a family flattens them
@@ -132,6 +133,7 @@ class AdapterBank:
         for site in self.sites.values():
             site.remove(name)
         self.names.remove(name)
+        self._training.discard(name)
 
     def parameters(self, name: str) -> dict[str, Parameter]:
         """The live tensors of one adapter, `site.tensor` to Parameter, in the order of the sites."""
@@ -173,19 +175,22 @@ class AdapterBank:
             for p in self.parameters(name).values():
                 p.requires_grad_(False)
                 p.grad = None
+        self._training -= set(names)
 
     def train_only(self, *names: str) -> None:
         """Gradients for exactly these adapters."""
-        self.freeze(*self.names)
+        self.freeze(*self._training)
         for name in names:
             for p in self.parameters(name).values():
                 p.requires_grad_(True)
+        self._training |= set(names)
 
     def trainable(self) -> dict[str, Parameter]:
         """Every tensor that has a gradient, as `adapter/site.tensor`, in a fixed order."""
         return {
             f"{name}/{key}": p
             for name in self.names
+            if name in self._training
             for key, p in self.parameters(name).items()
             if p.requires_grad
         }

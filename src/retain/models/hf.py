@@ -433,7 +433,8 @@ class HFModel:
             with self._images(batch), self.autocast():
                 return next_logits(self._hidden(batch, cache), self.head)
         T, mix = batch.inputs["attention_mask"].shape[1], self.adapters.mix
-        kept = self.tower_features(batch) if self.frozen_tower else []  # in large calls; the parts find them
+        if self.frozen_tower:
+            self.tower_features(batch)  # in large calls; the parts find them in the cache
         hidden = []
         for rows in self._parts(batch, T):
             part = (

@@ -11,6 +11,7 @@ family runs as Hugging Face wrote it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,47 @@ def supports(language: Any) -> bool:
     )
 
 
+class Keys:
+    """Keys and values of all layers, in memory taken once: a step writes its column and copies nothing else.
+
+    `kv` holds two tensors (B, K, room, E) per layer. Columns that no token was written to are zero.
+    """
+
+    def __init__(self, kv: Sequence[tuple[Tensor, Tensor]], length: int = 0) -> None:
+        self.kv, self.length = list(kv), length
+
+    @staticmethod
+    def empty(language: Any, rows: int, room: int, like: Tensor) -> Keys:
+        """For a batch of `rows` and up to `room` tokens each, in the type and place of `like`."""
+        config, E = language.config, language.layers[0].self_attn.head_dim
+        shape = (rows, config.num_key_value_heads, room, E)
+        return Keys([(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.num_hidden_layers)])
+
+    def part(self, first: int, last: int, start: int) -> Keys:
+        """Rows `first` to `last` from column `start` on, as an empty store of its own in the same memory."""
+        return Keys([(k[first:last, :, start:], v[first:last, :, start:]) for k, v in self.kv])
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        return self.length
+
+    def update(self, k_BKTE: Tensor, v_BKTE: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values; all of them so far. The last layer ends the step."""
+        k, v = self.kv[layer]
+        end = self.length + k_BKTE.shape[2]
+        k[:, :, self.length : end], v[:, :, self.length : end] = k_BKTE, v_BKTE
+        if layer + 1 == len(self.kv):
+            self.length = end
+        return k[:, :, :end], v[:, :, :end]
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Forget all rows but these."""
+        self.kv = [(k[rows], v[rows]) for k, v in self.kv]
+
+
+LAST = slice(-1, None)  # as `at_BN`: the last place of every row
+
+
 def forward(
     language: Any,
     embeds_BTD: Tensor,
@@ -42,7 +84,7 @@ def forward(
     mask_BS: Tensor | None = None,
     positions_BT: Tensor | None = None,
     cache: Any = None,
-    at_BN: Tensor | None = None,
+    at_BN: Tensor | slice | None = None,
 ) -> Tensor:
     """Last hidden states (B, T, D), or (B, N, D) at `at_BN` only.
 
@@ -69,10 +111,11 @@ def _layer(
     sin: Tensor,
     mask: Tensor | None,
     cache: Any,
-    at_BN: Tensor | None,
+    at_BN: Tensor | slice | None,
     causal: bool,
 ) -> Tensor:
     attn, E = layer.self_attn, layer.self_attn.head_dim
+    learns = torch.is_grad_enabled()
     x = rms_norm(layer.input_layernorm, hidden)
     B = len(x)
     if at_BN is None:
@@ -83,10 +126,11 @@ def _layer(
         (q,) = together((attn.q_proj,), _rows(x, at_BN))
         hidden = _rows(hidden, at_BN)
         cos_q, sin_q = _rows(cos.expand(B, -1, -1), at_BN), _rows(sin.expand(B, -1, -1), at_BN)
-        if mask is None:
-            mask = torch.arange(x.shape[1], device=x.device) <= at_BN[:, None, :, None]
-        else:
+        if mask is not None:
             mask = _rows(mask.expand(B, 1, x.shape[1], -1)[:, 0], at_BN)[:, None]
+        elif isinstance(at_BN, Tensor):
+            mask = torch.arange(x.shape[1], device=x.device) <= at_BN[:, None, :, None]
+        causal = False
     q_BHTE = rotate(q.view(B, -1, q.shape[-1] // E, E), cos_q, sin_q).transpose(1, 2)
     k_BKTE = rotate(k.view(B, -1, k.shape[-1] // E, E), cos, sin).transpose(1, 2)
     v_BKTE = v.view(B, -1, v.shape[-1] // E, E).transpose(1, 2)
@@ -100,12 +144,13 @@ def _layer(
         q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=causal and mask is None, scale=attn.scaling
     )
     (mixed,) = together((attn.o_proj,), seen.transpose(1, 2).flatten(2))
-    hidden = hidden + mixed
+    hidden = hidden + mixed if learns else mixed.add_(hidden)
     gate, up = together(
         (layer.mlp.gate_proj, layer.mlp.up_proj), rms_norm(layer.post_attention_layernorm, hidden)
     )
-    (down,) = together((layer.mlp.down_proj,), F.silu(gate) * up)
-    return hidden + down
+    inner = F.silu(gate) * up if learns else F.silu(gate, inplace=True).mul_(up)
+    (down,) = together((layer.mlp.down_proj,), inner)
+    return hidden + down if learns else down.add_(hidden)
 
 
 def _mask(mask_BS: Tensor | None, B: int, T: int, before: int, device: torch.device) -> Tensor | None:
@@ -120,24 +165,32 @@ def _mask(mask_BS: Tensor | None, B: int, T: int, before: int, device: torch.dev
     return (keys & (s <= q)) | (s == q)  # the diagonal: a padded query must see something, else it is NaN
 
 
-def _rows(x_BTD: Tensor, at_BN: Tensor) -> Tensor:
+def _rows(x_BTD: Tensor, at_BN: Tensor | slice) -> Tensor:
+    if isinstance(at_BN, slice):
+        return x_BTD[:, at_BN]
     return x_BTD.gather(1, at_BN[..., None].expand(-1, -1, x_BTD.shape[-1]))
 
 
 def rms_norm(norm: Any, x: Tensor) -> Tensor:
     """`LlamaRMSNorm` with its frozen weight, as one node that keeps its input and one number per row."""
+    if not torch.is_grad_enabled():
+        return _normed(x, norm.weight, norm.variance_epsilon)[0]
     out: Tensor = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
     return out
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    rate = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * rate).to(x.dtype).mul_(weight), rate
 
 
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        rate = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, rate = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, rate)
-        out: Tensor = (wide * rate).to(x.dtype) * weight
         return out
 
     @staticmethod
@@ -151,6 +204,8 @@ class _RMSNorm(Function):
 def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021), halves as in Llama; `cos`, `sin` (B or 1, T, E)."""
     cos, sin = cos[:, :, None].to(x_BTHE.dtype), sin[:, :, None].to(x_BTHE.dtype)
+    if not torch.is_grad_enabled():
+        return _turned(x_BTHE, cos, sin)
     out: Tensor = _Rotate.apply(x_BTHE, cos, sin)  # type: ignore[no-untyped-call]
     return out
 
