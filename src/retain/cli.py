@@ -274,6 +274,29 @@ def cka(
     typer.echo(f"{data}\n{picture}")
 
 
+@analyse.command("merge")
+def analyse_merge(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="a merge_tasks run, or a merged PEFT folder and those it was made from",
+            metavar="RUN…",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="default: merge.html (and .json) in the run")] = None,
+) -> None:
+    """What merging did to the adapters' directions: cosines, singular values, what is left, by layer."""
+    from retain.analyse import merge as of_directions
+    from retain.metrics import render
+
+    found = of_directions.study(runs)
+    render.show(of_directions.rows(found), "directions of the single tasks after merging, mean over modules")
+    folder = runs[0] if len(runs) == 1 else runs[0].parent
+    data, picture = of_directions.write(found, out or folder / "merge.html")
+    typer.echo(f"{data}\n{picture}")
+
+
 def main() -> None:
     """Entry point of the `retain` command."""
     app()
