@@ -56,8 +56,8 @@ class Size:
     max_new_tokens: int = 16
 
 
-POCKET = Size("pocket", rank=32, batch=32, steps=16, examples=512)
-WIDE = Size("wide", rank=16, batch=16, steps=16, examples=256)
+POCKET = Size("pocket", rank=32, batch=32, steps=10, examples=320)
+WIDE = Size("wide", rank=16, batch=16, steps=6, examples=96)
 SMOKE = Size("smoke", rank=4, batch=4, steps=3, examples=12, max_new_tokens=3)
 SIZES = {s.name: s for s in (POCKET, WIDE, SMOKE)}
 
@@ -152,13 +152,12 @@ def _random_llava(
     return model, processor
 
 
-def task(size: Size) -> Task:
-    """A task: the pocket's first one if its weights are there, else pictures with made-up questions."""
+def task(size: Size, name: str = "garments", n_test: int = 64) -> Task:
+    """A task: the pocket's `name` if its weights are there, else pictures with made-up questions."""
     if size.name == "pocket" and (WEIGHTS / "model.safetensors").is_file():
-        from retain.benchmarks.pocket import ORDER
         from retain.benchmarks.pocket import task as pocket_task
 
-        return pocket_task(ORDER[0], n_train=size.examples, n_valid=1)
+        return pocket_task(name, n_train=size.examples, n_valid=1, n_test=n_test)
     rng = np.random.default_rng(0)
     side, words = {"pocket": (48, 10), "wide": (64, 28), "smoke": (16, 6)}[size.name]
     nouns = [
@@ -187,7 +186,7 @@ def task(size: Size) -> Task:
             f"{size.name}{i}", (Message("user", question, 1), Message("assistant", answer)), (image,)
         )
 
-    n_test = 128 if size.name != "smoke" else 6
+    n_test = n_test if size.name != "smoke" else 6
     rows = [one(i) for i in range(size.examples + n_test)]
     return Task(size.name, rows[: size.examples], rows[size.examples :], Exact(), size.max_new_tokens)
 
@@ -405,7 +404,7 @@ def options(doc: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--smoke", action="store_true", help="a tiny model, one repetition: does it run at all"
     )
-    parser.add_argument("--reps", type=int, default=5)
+    parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--sizes", default="pocket,wide")
     args = parser.parse_args()
     if args.smoke:
