@@ -34,6 +34,23 @@ def learned(method: Method, n: int, how: Optim = HOW, spec: LoraSpec | None = No
     return model
 
 
+def test_a_step_does_not_look_at_frozen_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step costs may not grow with the number of tasks: each hook asks for the trainable tensors."""
+    bank, asked = FakeModel().adapters, list[str]()
+    for i in range(5):
+        bank.add(f"a{i}", torch.Generator().manual_seed(i))
+        bank.train_only(f"a{i}")
+    tensors = bank.parameters
+    monkeypatch.setattr(bank, "parameters", lambda name: (asked.append(name), tensors(name))[1])
+    assert {k.split("/")[0] for k in bank.trainable()} == {"a4"} and asked == ["a4"]
+    bank.train_only("a1", "a0")
+    assert list(dict.fromkeys(k.split("/")[0] for k in bank.trainable())) == ["a0", "a1"]
+    assert not any(p.requires_grad for p in tensors("a4").values())
+    bank.freeze("a0")
+    bank.remove("a1")
+    assert bank.trainable() == {}
+
+
 # -- O-LoRA ----------------------------------------------------------------------------------------------
 
 
