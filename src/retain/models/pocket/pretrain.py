@@ -3,7 +3,7 @@
     RUN="python -m retain.models.pocket.pretrain --out DIR"
     $RUN --stage tower --minutes 16 --ranks 2   # which words are marked at each patch
     $RUN --stage text  --minutes 8              # text exercises
-    $RUN --stage joint --minutes 25 --ranks 2   # the LLaVA
+    $RUN --stage joint --minutes 73 --ranks 2   # the LLaVA
     $RUN --stage guide --minutes 2              # a CLIP text tower, fitted to the final image tower
     $RUN --stage export --to WEIGHTS
 
