@@ -265,7 +265,11 @@ def total_rows(plan: RunPlan) -> Rows:
     stored = 4 * shape.trainable * len(plan.stages)
     body = [
         ["base parameters", count(shape.parameters), f"{plan.recipe.model.name}, {plan.recipe.model.dtype}"],
-        ["trainable parameters", count(shape.trainable), f"of one adapter of kind {plan.recipe.adapter.kind}"],
+        [
+            "trainable parameters",
+            count(shape.trainable),
+            f"of one adapter of kind {plan.recipe.adapter.kind}",
+        ],
         ["steps", str(steps), f"{optim.batch_size} samples each, in {optim.accumulate} parts"],
         [
             "stored",
