@@ -248,7 +248,8 @@ class PeftFolder:
 
     @cached_property
     def _file(self) -> Any:
-        return safe_open(self.folder / WEIGHTS, "pt").__enter__()  # closed with this object
+        file: Any = safe_open(self.folder / WEIGHTS, "pt")
+        return file.__enter__()  # closed with this object
 
     def rank(self, path: str) -> int:
         """The rank of a module, by its tensor; a config that says another is an error."""

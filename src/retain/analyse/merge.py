@@ -76,7 +76,7 @@ def study(paths: Sequence[Path]) -> Study:
     if len(paths) > 1 or (paths[0] / CONFIG).is_file():
         if len(paths) < 2:
             raise RetainError(f"{paths[0]}: name the merged adapter first, then those it was merged from")
-        tasks, found = [p.name for p in paths[1:]], _folders(paths)
+        tasks, found = [p.name for p in paths[1:]], list(_folders(paths))
     else:
         tasks, found = _run(paths[0])
     modules: dict[str, dict[str, Robustness]] = {t: {} for t in tasks}

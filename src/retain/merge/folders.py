@@ -85,7 +85,8 @@ class Base:
         self.files = {}
         for shard in self.shards:
             try:
-                self.files[shard] = safe_open(shard, "pt").__enter__()
+                file: Any = safe_open(shard, "pt")
+                self.files[shard] = file.__enter__()
             except SafetensorError as error:
                 raise RetainError(f"{shard}: no whole safetensors file: {error}") from None
 
@@ -189,7 +190,8 @@ def change(a: PeftFolder, path: str, base: Base | None) -> Part:
         raise RetainError(f"{a.folder}: {path} is {low.shape}, the base has {tuple(W.shape)}")
     _finite(a, {leaves["magnitude"]: m})
     tuned = W + low.dense()
-    return (m.reshape(-1, 1) / tuned.norm(dim=1, keepdim=True)) * tuned - W
+    norm_O1: Tensor = torch.linalg.vector_norm(tuned, dim=1, keepdim=True)
+    return m.reshape(-1, 1) / norm_O1 * tuned - W
 
 
 def _finite(a: PeftFolder, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,76 @@
+"""Model Tailor's patch: what is kept, and that compensation helps with the theory's sign only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from retain.merge.patch import factor, model_tailor
+from retain.types import RetainError
+
+
+def layer(correlation: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """64 inputs that share a common factor, as the specification measures it."""
+    rng = torch.Generator().manual_seed(seed)
+    W0 = torch.randn(48, 64, generator=rng)
+    W1 = W0 + 0.1 * torch.randn(48, 64, generator=rng)
+    own, common = torch.randn(512, 64, generator=rng), torch.randn(512, 1, generator=rng)
+    return W0, W1, (1 - correlation) ** 0.5 * own + correlation**0.5 * common
+
+
+def error(W: Tensor, W0: Tensor, W1: Tensor, x: Tensor) -> float:
+    return float((x @ (W - W1).T).norm() / (x @ (W0 - W1).T).norm())
+
+
+@pytest.mark.parametrize("block", [16, 64, 100])
+def test_exactly_the_kept_share_differs(block: int) -> None:
+    W0, W1, x = layer(0.5)
+    assert torch.equal(model_tailor(W0, W1, x, sparsity=0.0, block=block), W1)
+    assert torch.equal(model_tailor(W0, W1, x, sparsity=1.0, block=block), W0)
+    W = model_tailor(W0, W1, x, sparsity=0.9, block=block)
+    assert int((W != W0).sum()) == pytest.approx(0.1 * W.numel(), abs=4)
+    bare = model_tailor(W0, W1, x, decorate=False, block=block)
+    assert (((bare == W0) | (bare == W1)).all()) and not torch.equal(bare, W)
+
+
+@pytest.mark.parametrize("correlation", [0.5, 0.9, 0.97])
+def test_subtracting_helps_and_adding_harms(correlation: float) -> None:
+    """The order of the specification's table (its own layer: .696 < .751 < .767, .438 < .691 < .718, .250 < .777 < .812)."""
+    for seed in range(3):
+        W0, W1, x = layer(correlation, seed)
+        less, none, more = (
+            error(model_tailor(W0, W1, x, decorate=d, sign=s), W0, W1, x)
+            for d, s in ((True, -1), (False, -1), (True, 1))
+        )
+        assert less < none < more
+        if correlation == 0.97:
+            assert less < 0.6 * none  # the specification has 0.32 on its layer; ours 0.54, set once
+
+
+def test_one_column_equals_the_closed_form() -> None:
+    """Only column 0 is reset: the others move by the optimal brain surgeon's -w_q [H^-1]_q: / [H^-1]_qq."""
+    W0, _, x = layer(0.8)
+    rng = torch.Generator().manual_seed(4)
+    W1 = W0 + 0.2 + 0.1 * torch.rand(48, 64, generator=rng)
+    W1[:, 0] = W0[:, 0] + 0.05  # the smallest move of every row
+    U = factor(x, 0.01)
+    inverse = U.T @ U
+    want = W1 - torch.outer((W1[:, 0] - W0[:, 0]) / inverse[0, 0], inverse[0])
+    got = model_tailor(W0, W1, x, sparsity=1 / 64, w=1.0)
+    assert torch.equal(got[:, 0], W0[:, 0])
+    torch.testing.assert_close(got[:, 1:], want[:, 1:], atol=1e-5, rtol=1e-4)
+    assert (got[:, 1:] - W1[:, 1:]).abs().max() > 1e-3
+
+
+def test_bad_input_is_named() -> None:
+    W0, W1, x = layer(0.5)
+    for more, told in (
+        ({"sparsity": 2.0}, "sparsity"),
+        ({"sign": 0}, "sign"),
+        ({"sensitivity": "x"}, "none of"),
+    ):
+        with pytest.raises(RetainError, match=told):
+            model_tailor(W0, W1, x, **more)  # type: ignore[arg-type]
+    with pytest.raises(RetainError, match="do not fit"):
+        model_tailor(W0, W1[:, 1:], x)
