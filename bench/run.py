@@ -1,5 +1,8 @@
 """Every speed figure by one command, `python bench/run.py`: prints a table, writes bench/results.json.
 
+Parts may be named (`python bench/run.py evaluate memory`): their rows replace those in the file, and the rest stays.
+Results are written after each part, so what was measured is not lost.
+
 Each figure is a ratio of runs that follow each other in one process with one thread (A B A B …), so that a
 busy neighbour meets both. Ratios are of CPU seconds of the process; the ratio on the clock stands beside it.
 """
@@ -14,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-PARTS = ("train", "evaluate", "method", "route", "prompts", "memory", "growth")
+PARTS = ("evaluate", "update", "method", "memory", "train", "route", "prompts", "growth", "merge")
 HERE = Path(__file__).resolve().parent
 
 
@@ -71,10 +74,14 @@ def machine() -> dict[str, object]:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    before = machine()
-    rows = [row for name in PARTS for row in part(name, arguments)] + update("--smoke" in arguments)
-    text = table(rows)
-    print(text)
-    if "--smoke" not in arguments:
-        result = {"machine": before, "load_after": os.getloadavg(), "rows": rows}
-        (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    chosen = [name for name in PARTS if name in arguments] or list(PARTS)
+    options, smoke = [a for a in arguments if a not in PARTS], "--smoke" in arguments
+    file = HERE / "results.json"
+    result = json.loads(file.read_text()) if file.is_file() and not smoke else {}
+    for name in chosen:
+        at = machine()
+        rows = update(smoke) if name == "update" else part(name, options)
+        result[name] = {"machine": at, "load_after": os.getloadavg(), "rows": rows}
+        if not smoke:
+            file.write_text(json.dumps(result, indent=1) + "\n")
+    print(table([row for name in PARTS for row in result.get(name, {}).get("rows", ())]))

@@ -140,6 +140,28 @@ def generate_tokens(model: HFModel, batch: Any) -> list[list[int]]:
     return generate.greedy(model, batch, 8)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_gradients_the_decoder_gives_the_same_bits(precision: Any) -> None:
+    """Sums in place must not round the residual stream to the smaller type."""
+    model = tiny.model(precision=precision)
+    tiny.fill(model.adapters, "a")
+    model.adapters.mix = Mix({"a": 1.0})
+    model.adapters.train_only("a")
+    learning = model(model.collate(tiny.examples(), answers=True)).logits_NV
+    assert learning.requires_grad and torch.equal(logits(model), learning)
+    batch = model.collate(tiny.examples(), answers=False)
+    with torch.no_grad():
+        told = model.prefill(batch, model.cache(len(batch), batch.inputs["input_ids"].shape[1]))
+    first = torch.stack([learning[(model_rows(model) == i).nonzero()[0, 0]] for i in range(len(batch))])
+    assert float((told - first).detach().abs().max()) < (1e-4 if precision == "fp32" else 0.25)
+
+
+def model_rows(model: HFModel) -> torch.Tensor:
+    """The sample of each answer token."""
+    with torch.no_grad():
+        return model(model.collate(tiny.examples(), answers=True)).row_N
+
+
 def test_large_tower_calls_give_the_same_bits() -> None:
     model = tiny.model("llava", LoraSpec(rank=2))
     shown = [tiny.example(i) for i in range(max(hf.CHUNKS) + 9)]

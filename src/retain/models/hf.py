@@ -421,11 +421,11 @@ class HFModel:
         """What keeps the keys and values of a batch of so many rows and, at most, so many tokens."""
         if not self.fast:
             return DynamicCache(config=self.text_config)
-        at, half = self.head.weight.device, torch.get_autocast_dtype(self.device.type)
+        like = self.head.weight
         with self.autocast():
-            autocast = torch.is_autocast_enabled(self.device.type)
-        dtype = half if autocast else self.head.weight.dtype
-        return llama.Keys.empty(self.language, rows, room, torch.empty(0, dtype=dtype, device=at))
+            if torch.is_autocast_enabled(self.device.type):
+                like = like[:0].to(torch.get_autocast_dtype(self.device.type))
+        return llama.Keys.empty(self.language, rows, room, like)
 
     def prefill(self, batch: Batch, cache: Any) -> Tensor:
         """Run the prompts into the cache; logits of the next token (B, V)."""
@@ -437,11 +437,9 @@ class HFModel:
             self.tower_features(batch)  # in large calls; the parts find them in the cache
         hidden = []
         for rows in self._parts(batch, T):
-            part = (
-                batch
-                if len(rows) == len(batch)
-                else self.collate([batch.examples[i] for i in rows], answers=False)
-            )
+            part = batch
+            if len(rows) < len(batch):
+                part = self.collate([batch.examples[i] for i in rows], answers=False)
             place = cache.part(rows[0], rows[-1] + 1, T - part.inputs["attention_mask"].shape[1])
             with self.adapters.using(mix.select(torch.tensor(rows))), self._images(part), self.autocast():
                 hidden.append(self._last(part, place))
@@ -451,11 +449,8 @@ class HFModel:
 
     def _parts(self, batch: Batch, T: int) -> list[range]:
         """Rows whose prompts run together: on a CPU so few that what a layer makes stays in its cache."""
-        B = len(batch)
-        size = B
-        if (
-            self.device.type == "cpu" and "places" not in batch.meta
-        ):  # prompts are placed for a batch as a whole
+        B = size = len(batch)
+        if self.device.type == "cpu" and "places" not in batch.meta:  # soft prompts: for the batch as a whole
             size = max(1, WORKING_SET // (2 * T * int(self.text_config.intermediate_size)))
         return [range(a, min(a + size, B)) for a in range(0, B, size)]
 

@@ -115,7 +115,6 @@ def _layer(
     causal: bool,
 ) -> Tensor:
     attn, E = layer.self_attn, layer.self_attn.head_dim
-    learns = torch.is_grad_enabled()
     x = rms_norm(layer.input_layernorm, hidden)
     B = len(x)
     if at_BN is None:
@@ -144,13 +143,18 @@ def _layer(
         q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=causal and mask is None, scale=attn.scaling
     )
     (mixed,) = together((attn.o_proj,), seen.transpose(1, 2).flatten(2))
-    hidden = hidden + mixed if learns else mixed.add_(hidden)
+    hidden = _sum(hidden, mixed)
     gate, up = together(
         (layer.mlp.gate_proj, layer.mlp.up_proj), rms_norm(layer.post_attention_layernorm, hidden)
     )
-    inner = F.silu(gate) * up if learns else F.silu(gate, inplace=True).mul_(up)
+    inner = F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
     (down,) = together((layer.mlp.down_proj,), inner)
-    return hidden + down if learns else down.add_(hidden)
+    return _sum(hidden, down)
+
+
+def _sum(hidden: Tensor, new: Tensor) -> Tensor:
+    """In place where nothing is learned; never in the smaller of two types."""
+    return hidden + new if torch.is_grad_enabled() or new.dtype != hidden.dtype else new.add_(hidden)
 
 
 def _mask(mask_BS: Tensor | None, B: int, T: int, before: int, device: torch.device) -> Tensor | None:
@@ -183,7 +187,8 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     rate = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (wide * rate).to(x.dtype).mul_(weight), rate
+    out = (wide * rate).to(x.dtype)
+    return out.mul_(weight) if out.dtype == weight.dtype else out * weight, rate
 
 
 class _RMSNorm(Function):
