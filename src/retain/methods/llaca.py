@@ -87,11 +87,8 @@ def _within(alpha: Tensor, fallback: float) -> Rates:
 
 # -- the sums: few passes over the bytes, no copy of a gradient, no wait for the device ------------------
 
-CHUNK = 1 << 18  # entries summed at a time on a CPU: the differences stay in the second-level cache
-CPU_GROUP = (
-    1 << 20
-)  # entries summed and averaged in one go on a CPU: the average meets weights still in the cache
-GROUP = 1 << 26  # the same on an accelerator: bounds the temporaries to three times 256 MB
+CHUNK = 1 << 18  # entries worked on at a time on a CPU: the differences stay in the second-level cache
+GROUP = 1 << 26  # entries worked on at a time on an accelerator: bounds the temporaries to three times 256 MB
 
 
 class Five(NamedTuple):
@@ -114,18 +111,16 @@ def sums(fives: Sequence[Five], inner: bool) -> Tensor:
     if all(f.on_cpu() for f in fives):
         scratch = torch.empty(2, min(CHUNK, max(f.theta.numel() for f in fives)))
         return torch.tensor([_cpu_sums(f, inner, scratch) for f in fives]).t()
-    return _foreach_sums(fives, inner)
+    return torch.cat([_foreach_sums(group, inner) for group in _grouped(fives)], dim=1)
 
 
 def _cpu_sums(five: Five, inner: bool, scratch: Tensor) -> list[float]:
     """One tensor, chunk after chunk, so that a difference is summed while in the cache; fp64 across."""
     n = -(-five.theta.numel() // CHUNK)
-    if n == 1:
-        return _chunk_sums(Five(*(None if t is None else t.view(-1) for t in five)), inner, scratch)  # type: ignore[arg-type]
     flat = [(None,) * n if t is None else torch.split(t.view(-1), CHUNK) for t in five]
     parts = [Five(*part) for part in zip(*flat, strict=True)]  # type: ignore[arg-type]
     rows = [_chunk_sums(part, inner, scratch) for part in parts]
-    return [sum(column) for column in zip(*rows, strict=True)]
+    return rows[0] if len(rows) == 1 else [sum(column) for column in zip(*rows, strict=True)]
 
 
 def _chunk_sums(five: Five, inner: bool, scratch: Tensor) -> list[float]:
@@ -141,14 +136,12 @@ def _chunk_sums(five: Five, inner: bool, scratch: Tensor) -> list[float]:
 
 
 def _grouped(fives: Sequence[Five]) -> list[list[Five]]:
-    """Neighbours in groups of at most CPU_GROUP (GROUP) entries, or one tensor."""
-    size = CPU_GROUP if fives[0].theta.device.type == "cpu" else GROUP
     groups: list[list[Five]] = [[]]
-    room = size
+    room = GROUP
     for five in fives:
         if groups[-1] and five.theta.numel() > room:
             groups.append([])
-            room = size
+            room = GROUP
         groups[-1].append(five)
         room -= five.theta.numel()
     return groups
@@ -280,14 +273,9 @@ class Llaca(Method):
             if p.grad is not None  # always so here
         ]
         kappa = spec.kappa if self.kappa is None else self.kappa
-        rates = []
-        for group in _grouped(fives):
-            rates.append(spec.rates(sums(group, spec.inner), kappa, self.fallback))
-            alphas = rates[-1][0]
-            on_cpu = alphas.device.type == "cpu"  # where numbers are at hand, and faster
-            for five, alpha in zip(group, alphas.tolist() if on_cpu else alphas.unbind(), strict=True):
-                five.average.lerp_(five.theta.float(), alpha)
-        alpha_K, fell_K = (torch.cat(part) for part in zip(*rates, strict=True))
+        alpha_K, fell_K = spec.rates(sums(fives, spec.inner), kappa, self.fallback)
+        for five, alpha in zip(fives, alpha_K.unbind(), strict=True):
+            five.average.lerp_(five.theta.float(), alpha)
         rows = [i for i, k in enumerate(keys) if k in ready]
         self.tally[:3, rows] += torch.stack([torch.ones_like(alpha_K), fell_K.float(), alpha_K])
         if (ctx.step + 1) % self.log_every == 0:
