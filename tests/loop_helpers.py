@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tiny
 from retain.adapters.bank import Mix
-from retain.adapters.lora import LoraSpec
+from retain.adapters.kinds import Spec
 from retain.engine import Engine
 from retain.method import Context, Method
 from retain.metrics.scores import score
@@ -46,7 +46,7 @@ def stream(n_train: int = 16, n_test: int = 6) -> Stream:
 
 
 @lru_cache(maxsize=4)
-def model(spec: LoraSpec = tiny.SPEC) -> HFModel:
+def model(spec: Spec = tiny.SPEC) -> HFModel:
     """A tiny LLaVA; shared, so whoever takes it empties its bank."""
     built = tiny.model("llava", spec)
     built.train(False)

@@ -101,7 +101,9 @@ def test_the_command_prints_and_writes(run: Path) -> None:
     result = call("analyse", "cka", str(run), "--samples", "8")
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    assert "layer" in lines[1] and len([line for line in lines if line.lstrip().startswith(("0 ", "1 "))]) == 2
+    assert (
+        "layer" in lines[1] and len([line for line in lines if line.lstrip().startswith(("0 ", "1 "))]) == 2
+    )
     data = json.loads((run / "cka.json").read_text())
     assert data["models"] == ["colour", "paint"] and data["samples"] == 8
     for kind in ("kernel", "linear"):

@@ -20,7 +20,7 @@ from retain.store import empty
 from retain.stream import Stream, Task
 from retain.train import Optim, fit
 from retain.types import Batch, RetainError
-from test_laws import SPECS
+from test_laws import SPECS, adapters
 
 ONE, MANY = EvalOptions(batch_size=1), EvalOptions(batch_size=16)
 
@@ -39,7 +39,8 @@ def small() -> Stream:
 @pytest.mark.parametrize("method", sorted(available()))
 def test_a_batch_answers_as_its_samples_alone(method: str) -> None:
     """Learning rates are absurd on purpose: adapters must change answers, or wrong routes would not show."""
-    s, m, made, seen = small(), model(), build(spec_of(method)), list[str]()
+    s, made, seen = small(), build(spec_of(method)), list[str]()
+    m = model(adapters(spec_of(method)))
     empty(m.adapters)
     for stage in made.stages(s):
         fit(m, made, Context(m, stage, s, list(seen), 0), Optim(lr=0.1, steps=2, batch_size=4, warmup=0.0))

@@ -188,7 +188,10 @@ RIGHT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def test_equal_to_peft_where_peft_is_right(kind: str, tmp_path: Path) -> None:
     folders = [adapter(tmp_path, f"a{i}", i) for i in range(3)]
     name, how, options = RIGHT[kind]
-    want, got = theirs(folders, kind.split(maxsplit=1)[0], **options), ours(folders, name, tmp_path / "out", **how)
+    want, got = (
+        theirs(folders, kind.split(maxsplit=1)[0], **options),
+        ours(folders, name, tmp_path / "out", **how),
+    )
     assert len(want) == 4
     for key, w in want.items():
         torch.testing.assert_close(got[key], w, atol=TOLERANCE, rtol=1e-4)

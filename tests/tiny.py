@@ -29,6 +29,7 @@ from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from retain.adapters.bank import Mix
+from retain.adapters.kinds import Spec
 from retain.adapters.lora import LoraSpec
 from retain.models.hf import HFModel
 from retain.models.load import PlainProcessor
@@ -184,7 +185,7 @@ def idefics3(seed: int = 0) -> tuple[Any, Any]:
 BUILDERS = {"llava": llava, "qwen2_5_vl": qwen2_5_vl, "idefics3": idefics3}
 
 
-def model(family: str = "llava", spec: LoraSpec = SPEC, seed: int = 0, **kwargs: Any) -> HFModel:
+def model(family: str = "llava", spec: Spec = SPEC, seed: int = 0, **kwargs: Any) -> HFModel:
     """A tiny `HFModel` of a family."""
     return HFModel(*BUILDERS[family](seed), spec, name=f"tiny-{family}", **kwargs)
 

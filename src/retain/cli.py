@@ -128,7 +128,9 @@ def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from retain.data.doctor import diagnose, finding_rows
     from retain.metrics import render
 
-    stream = config.load(recipe, [*(overrides or []), "eval.split=test"]).build_stream()  # every split as it is
+    stream = config.load(
+        recipe, [*(overrides or []), "eval.split=test"]
+    ).build_stream()  # every split as it is
     findings = diagnose(stream)
     if findings:
         render.show(finding_rows(findings))

@@ -91,7 +91,9 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor | np.ndarray):
-        t = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))  # a copy: it may be read-only
+        t = (
+            value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        )  # a copy: it may be read-only
         key = f"t{len(tensors):05d}"
         tensors[key] = t.detach().cpu().contiguous().clone()
         return {"$tensor" if isinstance(value, Tensor) else "$array": [key, t.device.type != "cpu"]}

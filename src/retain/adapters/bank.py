@@ -220,7 +220,8 @@ class AdapterBank:
         Sites may then add a mix of plain numbers to a copy of their layer's weight, once, and run the copy. The
         layers themselves are not touched. Without effect where the copies would take more than FOLD_BYTES.
         """
-        bases = [s.base for s in self.sites.values() if isinstance(s, nn.Module) and hasattr(s, "base")]
+        found = (getattr(site, "base", None) for site in self.sites.values())
+        bases = [base for base in found if isinstance(base, nn.Module)]
         size = sum(p.numel() * p.element_size() for base in bases for p in base.parameters())
         before, self.folds = self.folds, {} if size <= FOLD_BYTES else None
         try:

@@ -35,7 +35,7 @@ def together(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     first: LoraLinear = layers[0]
     if (folding := first.folding(x)) and len({s.base.bias is None for s in layers}) == 1:
-        return folded(tuple(layers), x, folding).split([s.features[1] for s in layers], dim=-1)
+        return tuple(folded(tuple(layers), x, folding).split_with_sizes([s.features[1] for s in layers], -1))
     if dtype == x.dtype and any(s.lora_A[n].dtype != dtype for s in layers for n in weights):
         return tuple(layer(x) for layer in layers)  # a base in half precision under adapters in fp32
     mask = None

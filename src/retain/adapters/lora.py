@@ -70,6 +70,8 @@ class LoraSpec:
 class _Adapted(nn.Module):
     """What both kinds share: the frozen base layer, its place, and which adapters are on."""
 
+    base: Any  # an nn.Linear, or whatever stands for one in a quantised model
+
     def __init__(self, base: nn.Module, layer: int | None, group: str, visual: bool) -> None:
         super().__init__()
         self.base, self.layer, self.group, self.visual = base, layer, group, visual

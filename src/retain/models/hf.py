@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -421,7 +421,7 @@ class HFModel:
         """What keeps the keys and values of a batch of so many rows and, at most, so many tokens."""
         if not self.fast:
             return DynamicCache(config=self.text_config)
-        like = self.head.weight
+        like = cast(Tensor, self.head.weight)
         with self.autocast():
             if torch.is_autocast_enabled(self.device.type):
                 like = like[:0].to(torch.get_autocast_dtype(self.device.type))
