@@ -18,7 +18,18 @@ from pathlib import Path
 from retain.method import Method, available
 
 ROOT = Path(__file__).resolve().parent.parent
-HOOKS = ["stages", "adapt", "begin_task", "data", "batch_mix", "loss", "grads", "after_step", "end_task", "route"]
+HOOKS = [
+    "stages",
+    "adapt",
+    "begin_task",
+    "data",
+    "batch_mix",
+    "loss",
+    "grads",
+    "after_step",
+    "end_task",
+    "route",
+]
 
 
 def methods() -> str:

@@ -206,3 +206,10 @@ def test_a_choice_is_scored_on_the_validation_split(tmp_path: Path) -> None:
     assert chosen.name == "pocket (valid)" and not chosen[0].valid
     with pytest.raises(RetainError, match=r"no validation examples in \['digits'\]"):
         config.load(path, ["eval.split=valid", "stream.pocket.n_valid=0"]).build_stream()
+
+
+def test_an_option_beside_its_benchmark_is_told_where_it_belongs(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model: pocket\nstream: pocket\nmethod: lora\n")
+    with pytest.raises(RetainError, match=r"an option of pocket is stream\.pocket\.n_test"):
+        config.load(path, ["stream.n_test=8"]).build_stream()

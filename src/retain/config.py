@@ -373,8 +373,10 @@ def _benchmark_call(stream: Plain, where: str) -> tuple[Any, Plain]:
     """The benchmark's function and its checked options."""
     names = benchmark_names()
     if len(stream) != 1:
+        known, others = [n for n in stream if n in names], [k for k in stream if k not in names]
+        hint = f"; an option of {known[0]} is stream.{known[0]}.{others[0]}" if known and others else ""
         raise RetainError(
-            f"{where}: one benchmark of {names}, or a mapping with `tasks`, not the keys {list(stream)}"
+            f"{where}: one benchmark of {names}, or a mapping with `tasks`, not the keys {list(stream)}{hint}"
         )
     name, options = next(iter(stream.items()))
     if name not in names:
