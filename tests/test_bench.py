@@ -13,9 +13,10 @@ pytest.importorskip("peft")
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
-@pytest.mark.parametrize(
-    "name", ["train", "evaluate", "method", "route", "prompts", "memory", "growth", "merge"]
-)
+QUICK, SLOW = ["train", "evaluate", "method", "route", "prompts", "memory"], ["growth", "merge"]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_smoke(name: str) -> None:
     command = [sys.executable, str(BENCH / f"{name}.py"), "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
