@@ -104,17 +104,14 @@ def test_rows(groups: Sequence[Group], against: Group) -> list[list[str]]:
     return [["method", *_TESTED, "test"], *body]
 
 
-def results_table(
-    runs: Sequence[Run], verified: Mapping[str, str] | None = None, labels: Mapping[str, str] | None = None
-) -> str:
+def results_table(runs: Sequence[Run], labels: Mapping[str, str] | None = None) -> str:
     """The results as a markdown table: mean ± sd over seeds per method, in the order of the runs.
 
-    `labels` names the method of a run folder otherwise than by its parts. `verified` says per method whether
-    its number was checked against the paper's: yes, no, or (default) not tried.
+    `labels` names the method of a run folder otherwise than by its parts.
     """
     names = ("Last", "Avg (MAA)", "New (MFT)", "BWT", "Forgetting")
-    head = ["Method", *names, "Train time", "Trainable", "Stored", "Seeds", "Verified"]
-    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 2), "---"])]
+    head = ["Method", *names, "Train time", "Trainable", "Stored", "Seeds"]
+    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
     by_key = {c.key: c for c in summary.COSTS}
     for g in group(runs):
         label = (labels or {}).get(g.runs[0].path.name, g.label)
@@ -124,8 +121,7 @@ def results_table(
             for key in ("train_s", "trainable_parameters", "stored_parameters")
         ]
         cells = [_mean_sd(found.get(name)) for name in names]
-        checked = (verified or {}).get(label, "not tried")
-        lines.append(_line([label, *cells, *costs, str(len(summary.counted(g))), checked]))
+        lines.append(_line([label, *cells, *costs, str(len(summary.counted(g)))]))
     return "\n".join(lines) + "\n"
 
 
