@@ -79,9 +79,7 @@ class Method:
     about: ClassVar[str] = ""
     source: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
-    kinds: ClassVar[tuple[str, ...]] = (
-        "lora",
-    )  # of adapter that its `adapt` can grow: the recipe's adapter.kind
+    kinds: ClassVar[tuple[str, ...]] = ("lora",)  # that its `adapt` can grow: the recipe's adapter.kind
 
     def stages(self, stream: Stream) -> Sequence[Task]:
         """What is trained on, in order. ONE owner. Default: the stream's tasks; joint training returns one task."""
