@@ -71,6 +71,11 @@ SPECS: dict[str, Any] = {
     "merge_after_task ties": ["lora", {"merge_after_task": {"merger": "ties", "weights": [1, 2]}}],
     "cofima": ["lora", {"cofima": {"n_samples": 9}}],
     "cofima factors": ["lora", {"cofima": {"n_samples": 9, "space": "factors", "clip": 0.9}}],
+    "model_tailor": {"model_tailor": {"samples": 3}},
+    "model_tailor truncated, replay": [
+        {"model_tailor": {"samples": 3, "rank": 3, "sensitivity": "code", "projector": "restore"}},
+        {"replay": {"size": 5}},
+    ],
     "groups + llaca": ["instruction_groups", "llaca"],
     "groups, llaca, replay": ["instruction_groups", {"llaca": {"variant": "paper"}}, {"replay": {"size": 4}}],
     "replay, llaca, o_lora": [{"replay": {"size": 5}}, {"llaca": {"first_task": True}}, "o_lora"],
@@ -102,6 +107,7 @@ OFF: dict[str, tuple[Any, Any]] = {
     "merge_after_task": (["lora", {"merge_after_task": {"params": {"new": 1.0}}}], "lora"),
     "merge_after_task, all adapters new": (["lora_per_task", "merge_after_task"], "lora_per_task"),
     "cofima": (["lora", {"cofima": {"lam": 1.0}}], "lora"),
+    "model_tailor": ({"model_tailor": {"sparsity": 0.0}}, "lora"),
     "llaca, all adapters new": (["lora_per_task", "llaca"], "lora_per_task"),
 }
 OPTIM = Optim(lr=2e-2, steps=4, batch_size=4, warmup=0.0, checkpoint_every=2, log_every=1)

@@ -118,3 +118,66 @@ def keep_probabilities(row: list[float], density: float, window: float) -> list[
     order = sorted(range(len(row)), key=lambda j: abs(row[j]))
     rank = {j: k / (len(row) - 1) for k, j in enumerate(order)}
     return [(density - e) + 2 * e * rank[j] for j in range(len(row))]
+
+
+def model_tailor(
+    W0: Matrix,
+    W1: Matrix,
+    xs: Matrix,
+    sparsity: float,
+    *,
+    code: bool = False,
+    decorate: bool = True,
+    sign: float = -1.0,
+    w: float = 0.5,
+    damp: float = 0.01,
+) -> Matrix:
+    """Model Tailor on at most 128 columns (one block), by the inverse of what is left of H at every column:
+
+    column j reset by e:  W_k += sign e [H_F^-1]_jk / [H_F^-1]_jj  for k in F = {j, j + 1, …}
+    """
+    n, out_n = len(W0[0]), len(W0)
+    H = [[2 / len(xs) * sum(x[i] * x[j] for x in xs) for j in range(n)] for i in range(n)]
+    for j in range(n):
+        H[j][j] = H[j][j] or 1.0
+    mean = sum(H[j][j] for j in range(n)) / n
+    for j in range(n):
+        H[j][j] += damp * mean
+    left = [_inverse([row[j:] for row in H[j:]])[0] for j in range(n)]  # first rows, F shrinking
+    moved = [[abs(b - a) for a, b in zip(r0, r1)] for r0, r1 in zip(W0, W1)]
+    felt = [
+        [(x * x if code else m * m / 2) / left[j][0] for j, (x, m) in enumerate(zip(r1, rm))]
+        for r1, rm in zip(W1, moved)
+    ]
+    score = [[w * a + (1 - w) * b for a, b in zip(_z(rm), _z(rf))] for rm, rf in zip(moved, felt)]
+    order = sorted((score[o][j], o, j) for o in range(out_n) for j in range(n))
+    reset = {(o, j) for _, o, j in order[: round(sparsity * out_n * n)]}
+    out = [list(row) for row in W1]
+    for j in range(n):
+        for o in range(out_n):
+            if (o, j) in reset:
+                lost = out[o][j] - W0[o][j]
+                out[o][j] = W0[o][j]
+                for k in range(j + 1, n):
+                    out[o][k] += (sign * lost * left[j][k - j] / left[j][0]) if decorate else 0.0
+    return out
+
+
+def _z(row: list[float]) -> list[float]:
+    mean = sum(row) / len(row)
+    sd = math.sqrt(sum((x - mean) ** 2 for x in row) / len(row))
+    return [(x - mean) / max(sd, 1e-12) for x in row]
+
+
+def _inverse(m: Matrix) -> Matrix:
+    """Gauss and Jordan with pivots."""
+    n = len(m)
+    rows = [[*row, *(float(i == j) for j in range(n))] for i, row in enumerate(m)]
+    for j in range(n):
+        best = max(range(j, n), key=lambda i: abs(rows[i][j]))
+        rows[j], rows[best] = rows[best], rows[j]
+        rows[j] = [x / rows[j][j] for x in rows[j]]
+        for i in range(n):
+            if i != j:
+                rows[i] = [a - rows[i][j] * b for a, b in zip(rows[i], rows[j])]
+    return [row[n:] for row in rows]

@@ -40,9 +40,39 @@ def model_tailor(
     block: int = 128,
 ) -> Tensor:
     """The patched weight (O, I): `sparsity` of each block's entries equal W0; 0 gives W1 and 1 gives W0, bit for bit."""
-    if W0.shape != W1.shape or x_NI.ndim != 2 or x_NI.shape[1] != W0.shape[1]:
+    if x_NI.ndim != 2:
+        raise RetainError(f"model_tailor: inputs (N, I) are needed, not {tuple(x_NI.shape)}")
+    return patched(
+        W0,
+        W1,
+        moments(x_NI),
+        sparsity=sparsity,
+        sensitivity=sensitivity,
+        decorate=decorate,
+        sign=sign,
+        w=w,
+        damp=damp,
+        block=block,
+    )
+
+
+def patched(
+    W0: Tensor,
+    W1: Tensor,
+    H_II: Tensor,
+    *,
+    sparsity: float = 0.9,
+    sensitivity: str = "obs",
+    decorate: bool = True,
+    sign: int = -1,
+    w: float = 0.5,
+    damp: float = 0.01,
+    block: int = 128,
+) -> Tensor:
+    """The same from the inputs' second moments H = 2/N X X^T (I, I), before damping."""
+    if W0.shape != W1.shape or H_II.shape != (W0.shape[1], W0.shape[1]):
         raise RetainError(
-            f"model_tailor: W0 {tuple(W0.shape)}, W1 {tuple(W1.shape)} and inputs {tuple(x_NI.shape)} do not fit"
+            f"model_tailor: W0 {tuple(W0.shape)}, W1 {tuple(W1.shape)} and moments {tuple(H_II.shape)} do not fit"
         )
     if not 0 <= sparsity <= 1 or not 0 <= w <= 1 or damp <= 0 or block < 1 or sign not in (-1, 1):
         raise RetainError(
@@ -51,7 +81,7 @@ def model_tailor(
         )
     if sensitivity not in ("obs", "code"):
         raise RetainError(f"model_tailor.sensitivity: {sensitivity!r} is none of ['obs', 'code']")
-    U, old, W = factor(x_NI, damp), W0.float(), W1.float().clone()
+    U, old, W = factor(H_II, damp), W0.float(), W1.float().clone()
     for start in range(0, W.shape[1], block):
         end = min(start + block, W.shape[1])
         keep = _kept(W[:, start:end], old[:, start:end], U.diagonal()[start:end], sparsity, sensitivity, w)
@@ -64,10 +94,15 @@ def model_tailor(
     return W.to(W1.dtype)
 
 
-def factor(x_NI: Tensor, damp: float) -> Tensor:
-    """U (I, I), upper, with U^T U = H^-1; fp32. A column that never fires gets H_jj = 1."""
+def moments(x_NI: Tensor) -> Tensor:
+    """2/N X X^T (I, I) in fp32."""
     x = x_NI.float()
-    H = 2 / len(x) * x.T @ x
+    return 2 / len(x) * x.T @ x
+
+
+def factor(H_II: Tensor, damp: float) -> Tensor:
+    """U (I, I), upper, with U^T U = H^-1; fp32. A column that never fires gets H_jj = 1."""
+    H = H_II.float().clone()
     H.diagonal()[H.diagonal() == 0] = 1.0
     H.diagonal().add_(damp * H.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H.double()))
