@@ -71,6 +71,11 @@ SPECS: dict[str, Any] = {
     "merge_after_task ties": ["lora", {"merge_after_task": {"merger": "ties", "weights": [1, 2]}}],
     "cofima": ["lora", {"cofima": {"n_samples": 9}}],
     "cofima factors": ["lora", {"cofima": {"n_samples": 9, "space": "factors", "clip": 0.9}}],
+    "lorahub": {"lorahub": {"steps": 5, "shots": 2}},
+    "lorahub deltas, replay": [
+        {"lorahub": {"steps": 4, "shots": 2, "space": "deltas"}},
+        {"replay": {"size": 5}},
+    ],
     "model_tailor": {"model_tailor": {"samples": 3}},
     "model_tailor truncated, replay": [
         {"model_tailor": {"samples": 3, "rank": 3, "sensitivity": "code", "projector": "restore"}},

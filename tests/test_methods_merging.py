@@ -16,6 +16,7 @@ from retain.merge import merger
 from retain.merge.parts import Low, split, truncated
 from retain.method import Stack, build
 from retain.methods.cofima import CoFiMA
+from retain.methods.lorahub import LoraHub
 from retain.methods.merge_after_task import MergeAfterTask
 from retain.methods.merge_tasks import MergeTasks
 from retain.train import Optim, fit
@@ -57,6 +58,47 @@ def test_a_later_task_does_not_start_from_the_merge() -> None:
     mix = method.adapt(context(model, "letter", ["colour"]))
     assert mix.weights == {"02-letter": 1.0}
     assert not any(t.any() for k, t in model.adapters.state("02-letter").items() if not k.endswith("lora_A"))
+
+
+@pytest.mark.parametrize("space", ["factors", "deltas"])
+def test_lorahub_stores_the_sum_at_the_weights_it_found(space: str) -> None:
+    """By the formula, and no point of its budget of `steps` evaluations is better than what it keeps."""
+    evaluated: list[float] = []
+
+    class Watch(FakeModel):
+        def forward(self, batch: Any) -> Any:
+            out = super().forward(batch)
+            if not torch.is_grad_enabled():
+                evaluated.append(float(out.loss))
+            return out
+
+    method, model, seen = LoraHub(steps=12, shots=3, l1=0.01, space=space), Watch(), list[str]()
+    for t, task in enumerate(stream()[:2]):
+        evaluated.clear()
+        fit(model, method, context(model, task.name, seen), Optim(lr=5e-2, steps=20, batch_size=4))
+        seen.append(task.name)
+        assert len(evaluated) == 12 * (t + 1)  # a batch per task so far
+    bank, w = model.adapters, list(method.weights.values())
+    assert [len(k) for k in method.kept.values()] == [3, 3] and any(w) and not bank.trainable()
+    alone = [split(merging.changes(bank, n)) for n in method.weights]
+    stored = [dense(merging.changes(bank, n)) for n in bank.mix.names]
+    for key, parts in {k: [a[k] for a in alone] for k in alone[0]}.items():
+        if space == "factors" and isinstance(parts[0], Low):
+            want = sum(c * p.B for c, p in zip(w, parts)) @ sum(c * p.A for c, p in zip(w, parts))
+        else:
+            want = sum(c * (p.dense() if isinstance(p, Low) else p) for c, p in zip(w, parts))
+        torch.testing.assert_close(sum(s[key] for s in stored), want, atol=1e-5, rtol=1e-4)
+    per_point = [(a + b) / 2 for a, b in zip(evaluated[::2], evaluated[1::2])]
+    with torch.no_grad():
+        kept = [float(model(model.collate(k, answers=True)).loss) for k in method.kept.values()]
+    assert sum(kept) / 2 + 0.01 * (abs(w[0]) + abs(w[1])) / 2 < per_point[0]  # the base model: w = 0
+    assert any(abs(p - sum(kept) / 2) < 1e-6 for p in per_point)
+
+
+def test_lorahub_of_one_evaluation_is_the_base_model() -> None:
+    model = learn(LoraHub(steps=1), 1)
+    for state in (merging.changes(model.adapters, n) for n in model.adapters.mix.names):
+        assert not any(d.any() for d in dense(state).values())
 
 
 def test_coma_in_a_stream() -> None:
@@ -158,6 +200,8 @@ def test_bad_fields_are_named_before_training() -> None:
         ({"merge_tasks": {"weights": ["a"]}}, "merge_tasks.weights"),
         ({"merge_tasks": {"merger": "fisher"}}, "fisher needs fishers"),
         ({"merge_after_task": {"weights": [1.0]}}, "two"),
+        ({"lorahub": {"steps": 0}}, "steps and shots >= 1"),
+        ({"lorahub": {"space": "x"}}, "lorahub.space"),
         ({"cofima": {"lam": 2.0}}, "lam in 0..1"),
         ({"cofima": {"space": "x"}}, "cofima.space"),
     ):

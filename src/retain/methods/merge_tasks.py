@@ -22,7 +22,6 @@ import retain.methods._merging as merging
 from retain.adapters.bank import Mix
 from retain.merge.mergers import merger
 from retain.method import Context, Method, register
-from retain.methods._parts import slug
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import RetainError
@@ -62,13 +61,8 @@ class MergeTasks(Method):
             raise RetainError(f"merge_tasks: {of.name} takes {of.exactly} adapters, the stream has {n} tasks")
 
     def adapt(self, ctx: Context) -> Mix:
-        bank, task = ctx.model.adapters, ctx.task.name
-        if task not in self.adapter_of:
-            name = f"{len(self.adapter_of) + 1:02d}-{slug(task)}"
-            bank.add(name, ctx.rng("merge_tasks"))
-            self.adapter_of = {**self.adapter_of, task: name}
-        bank.train_only(self.adapter_of[task])
-        return Mix({self.adapter_of[task]: 1.0})
+        self.adapter_of, mix = merging.alone(ctx, self.adapter_of, "merge_tasks")
+        return mix
 
     @torch.no_grad()
     def end_task(self, ctx: Context) -> None:
