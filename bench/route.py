@@ -1,10 +1,10 @@
 """What routing per sample costs: six experts blended for each sample over one LoRA, at batch 32.
 
 Six experts of rank 8 as in HiDe-LLaVA, blended at every layer (DISCO) or at the top layer with the sum of all below
-(HiDe), against one LoRA of the same rank in total (48) and one of an expert's rank (8). The goal is 1.10 times what
-the multiplications of the adapted layers alone cost. The experts are copies of one another, so that any blend
-answers what one of them answers: the texts must be equal, else the run fails. Image features are warm; prefill and
-decoding are inside the clock. A plain LoRA can also be folded into the weights (`retain.evaluate` does that); a
+(HiDe), against one LoRA of the same rank in total (48) and one of an expert's rank (8). The goal is 1.10 for all four;
+each row notes what the multiplications of the adapted layers alone cost. The experts are copies of one another, so
+that any blend answers what one of them answers: the texts must be equal, else the run fails. Image features are
+warm; prefill and decoding are inside the clock. A plain LoRA can also be folded into the weights (`retain.evaluate` does that); a
 blend per sample cannot, and here neither is.
 """
 
@@ -23,6 +23,7 @@ from retain.models.hf import HFModel
 from retain.stream import Task
 
 EXPERTS, RANK, BATCH = 6, 8, 32
+GOAL = "<= 1.10"
 NAMES = [f"e{k}" for k in range(EXPERTS)]
 
 
@@ -120,9 +121,9 @@ def compare(size: Size, reps: int) -> list[Ratio]:
     rows = []
     for kind in kinds:
         for rank, one in ones.items():
-            goal = f"<= {1.1 * max(1.0, work(experts, kind) / work(one)):.2f}"
+            told = f"{note}; {work(experts, kind) / work(one):.2f} times the multiplications"
             rows.append(
-                common.ratio(title.format(kind, rank), goal, took[kind], took[rank], len(of.test), note=note)
+                common.ratio(title.format(kind, rank), GOAL, took[kind], took[rank], len(of.test), note=told)
             )
     return rows
 

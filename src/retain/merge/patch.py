@@ -18,7 +18,7 @@ unverified.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,34 +26,11 @@ from torch import Tensor
 from retain.types import RetainError
 
 
-def model_tailor(
-    W0: Tensor,
-    W1: Tensor,
-    x_NI: Tensor,
-    *,
-    sparsity: float = 0.9,
-    sensitivity: Literal["obs", "code"] = "obs",
-    decorate: bool = True,
-    sign: int = -1,
-    w: float = 0.5,
-    damp: float = 0.01,
-    block: int = 128,
-) -> Tensor:
-    """The patched weight (O, I): `sparsity` of each block's entries equal W0; 0 gives W1 and 1 gives W0, bit for bit."""
+def model_tailor(W0: Tensor, W1: Tensor, x_NI: Tensor, **how: Any) -> Tensor:
+    """The patched weight (O, I) from a layer's inputs (N, I); `how` are the options of `patched`."""
     if x_NI.ndim != 2:
         raise RetainError(f"model_tailor: inputs (N, I) are needed, not {tuple(x_NI.shape)}")
-    return patched(
-        W0,
-        W1,
-        moments(x_NI),
-        sparsity=sparsity,
-        sensitivity=sensitivity,
-        decorate=decorate,
-        sign=sign,
-        w=w,
-        damp=damp,
-        block=block,
-    )
+    return patched(W0, W1, moments(x_NI), **how)
 
 
 def patched(
@@ -69,7 +46,10 @@ def patched(
     damp: float = 0.01,
     block: int = 128,
 ) -> Tensor:
-    """The same from the inputs' second moments H = 2/N X X^T (I, I), before damping."""
+    """The patched weight (O, I) from the inputs' second moments H = 2/N X X^T (I, I), before damping.
+
+    `sparsity` of each block's entries equal W0; 0 gives W1 and 1 gives W0, bit for bit.
+    """
     if W0.shape != W1.shape or H_II.shape != (W0.shape[1], W0.shape[1]):
         raise RetainError(
             f"model_tailor: W0 {tuple(W0.shape)}, W1 {tuple(W1.shape)} and moments {tuple(H_II.shape)} do not fit"
