@@ -293,7 +293,7 @@ def _one(name: str, options: Mapping[str, Any], where: str) -> Method:
     known = available()
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise RetainError(f"{where}: no method {name!r}{hint} Choose from {list(known)}")
     cls = known[name]
     if not isinstance(options, Mapping):
@@ -302,8 +302,9 @@ def _one(name: str, options: Mapping[str, Any], where: str) -> Method:
     for key, value in options.items():
         if key not in choices:
             near = difflib.get_close_matches(str(key), choices, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise RetainError(f"{where}.{name}: no field {key!r}{hint} Choose from {choices}")
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            told = f"Choose from {choices}" if choices else "It takes none"
+            raise RetainError(f"{where}.{name}: no field {key!r}{hint} {told}")
         default = next(f.default for f in fields(cls) if f.name == key)
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         wrong_bool = isinstance(value, bool) and not isinstance(default, bool)
