@@ -6,7 +6,7 @@
     python scripts/pocket_table.py --write-only         # only write the tables from the runs that are there
 
 Every run is `retain run recipes/pocket/NAME.yaml seed=S out=runs/table/NAME-S` (NAME.ORDER-S for another order); a
-killed script goes on where it was.
+killed script goes on where it was. Runs share what they tuned alike (`reuse`).
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def one(name: str, seed: int, order: str, folder: Path, extra: list[str]) -> tup
         str(RECIPES / f"{name}.yaml"),
         f"seed={seed}",
         f"out={out}",
+        f"reuse={folder / 'tuned'}",
         *([f"stream.pocket.order=[{', '.join(ORDERS[order].split())}]"] if ORDERS[order] else []),
         *extra,
     ]

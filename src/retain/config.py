@@ -98,6 +98,7 @@ class Recipe:
     out: Path
     plugins: tuple[Path, ...] = ()
     track: tuple[str, ...] = ()
+    reuse: Path | None = None
 
     def resolved(self) -> Plain:
         """Every value as plain data with absolute paths: `parse` makes the same recipe from it anywhere."""
@@ -113,6 +114,7 @@ class Recipe:
             "out": str(self.out),
             "plugins": [str(p) for p in self.plugins],
             "track": list(self.track),
+            "reuse": str(self.reuse) if self.reuse else "",
         }
 
     def build_method(self) -> Method:
@@ -221,6 +223,7 @@ def _recipe(plain: Plain, path: Path) -> Recipe:
         out=out,
         plugins=tuple(_existing(base / Path(p).expanduser(), f"{path}: plugins") for p in top.plugins),
         track=tuple(top.track),
+        reuse=Path(top.reuse).expanduser() if top.reuse else None,
     )
 
 
@@ -238,6 +241,7 @@ class _Top:
     out: str = ""
     plugins: list[str] = field(default_factory=list)
     track: list[str] = field(default_factory=list)
+    reuse: str = ""  # a folder that runs share: tasks tuned there from the same start are not tuned again
 
 
 def default_out(path: Path, seed: int) -> Path:

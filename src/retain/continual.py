@@ -10,9 +10,7 @@ which process did the work before, and a run that was killed ends with the same 
 from __future__ import annotations
 
 import platform
-import resource
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,13 +23,13 @@ import torch
 from safetensors import safe_open
 
 from retain.adapters.prompt import tokens_in_front
-from retain.engine import Engine
+from retain.engine import Engine, peak_memory
 from retain.evaluate import EvalOptions, cell_key, evaluate, plan
 from retain.files import read_jsonl, read_record, write_json, write_jsonl, write_text
 from retain.method import Context, Method
 from retain.metrics.matrix import AccuracyMatrix
 from retain.models.base import Model
-from retain.store import Row, RunDir, empty, safe
+from retain.store import Row, RunDir, TunedDir, empty, safe
 from retain.stream import Stream, Task
 from retain.train import FitStats, Optim, fit
 from retain.types import Examples, RetainError
@@ -78,6 +76,7 @@ class Running:
     engine: Engine
     watch: Watcher
     seed: int
+    tuned: TunedDir | None = None
     cells: dict[str, tuple[Path, Cell]] = field(default_factory=dict)  # finished, by key, with predictions
     data: dict[str, str] = field(default_factory=dict)  # digest of each task
 
@@ -93,18 +92,21 @@ def run(
     options: EvalOptions | None = None,
     engine: Engine | None = None,
     watch: Watcher | None = None,
+    reuse: Path | None = None,
 ) -> AccuracyMatrix:
     """Learn the stream with one method and evaluate every task after every stage.
 
     Returns the matrix; the folder holds everything else. Adapters that the model's bank holds are removed
-    first. A finished run is only read. Raises `RetainError` before anything is written if the method or the
-    data cannot run here.
+    first. A finished run is only read. `reuse` is a folder that runs share: a task that was tuned there from the
+    same start, with nothing of a method between the steps, is not tuned again (`retain.train.tuned_key`).
+    Raises `RetainError` before anything is written if the method or the data cannot run here.
     """
     if store.done:
         return AccuracyMatrix.from_json(read_record(store.path / "matrix.json", "tasks", "values"))
     engine = engine or Engine()
     options, watch = options or EvalOptions(), watch or Silent()
-    r = Running(model, stream, method, optim, options, store, engine, watch, seed)
+    tuned = TunedDir(reuse, store.main, model.device) if reuse else None
+    r = Running(model, stream, method, optim, options, store, engine, watch, seed, tuned)
     stages = check(r)
     with store.locked():
         _describe(r)
@@ -205,7 +207,10 @@ def _train(r: Running, row: Row, task: Task, seen: list[str], before: Row | None
     ctx = Context(r.model, task, r.stream, list(seen), r.seed, log=r.store.event)
     r.watch.stage(task.name, r.optim.n_steps(len(task.train)))
     r.store.event(kind="stage", task=task.name, samples=len(task.train))
-    stats = fit(r.model, r.method, ctx, r.optim, r.engine, row.checkpoints(r.model.device), r.watch.step)
+    slots = row.checkpoints(r.model.device)
+    stats = fit(r.model, r.method, ctx, r.optim, r.engine, slots, r.watch.step, r.tuned)
+    if stats.reused:
+        r.watch.note(f"{task.name}: its steps were made by an earlier run (reuse)")
     learned = [t.name for t in r.stream if t.name in [*seen, *taught(task, r.stream)]]
     if r.engine.main:
         row.save_model(r.model.adapters, r.method, {**_cost(r, stats), "learned": learned}, before)
@@ -307,7 +312,7 @@ def _budget(r: Running, row: Row, before: Row | None, cells: Mapping[str, Cell])
         "train_s": train_s, "eval_s": eval_s, "wall_s": train_s + eval_s,
     }  # fmt: skip
     total = {k: v + old.get(k, 0) for k, v in total.items()}
-    peak = torch.cuda.max_memory_allocated() if r.model.device.type == "cuda" else _resident()
+    peak = max(peak_memory(r.model.device), fitted.get("peak_memory_bytes", 0))
     return {
         **total,
         "flops": total["train_flops"] + total["eval_flops"],
@@ -328,12 +333,6 @@ def _method_tensors(row: Row) -> tuple[int, int]:
         shapes = [f.get_slice(k).get_shape() for k in f.keys()]  # noqa: SIM118
     n_bytes = path.stat().st_size + path.with_suffix(".json").stat().st_size
     return sum(int(torch.Size(shape).numel()) for shape in shapes), n_bytes
-
-
-def _resident() -> int:
-    """Peak resident memory of this process: kilobytes on Linux, bytes on macOS."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _describe(r: Running) -> None:

@@ -8,6 +8,8 @@ whole gradients and parameters from the methods; they are refused by name, not w
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -107,3 +109,11 @@ class Engine:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """bf16 autocast ("bf16"), or nothing ("fp32")."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: the accelerator's, or this process's resident memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes on Linux, bytes on macOS

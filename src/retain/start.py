@@ -43,6 +43,7 @@ def start(recipe: Recipe, *, quiet: bool = False) -> tuple[AccuracyMatrix, bool]
                 options=recipe.eval,
                 engine=engine,
                 watch=Watch(progress, tracker, recipe.optim.batch_size),
+                reuse=recipe.reuse,
             )
     finally:
         tracker.close()

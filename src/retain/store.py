@@ -49,7 +49,7 @@ from retain.models.encode import open_image
 from retain.types import Example, Message, RetainError, digest
 
 FORMAT = 1
-NOT_THE_RECIPE = frozenset({"out", "track"})
+NOT_THE_RECIPE = frozenset({"out", "reuse", "track"})
 """Keys of a config that do not decide what is computed: a run continues where they differ."""
 
 
@@ -362,6 +362,38 @@ class CheckpointDir:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
+@dataclass
+class TunedDir:
+    """A folder that runs share: the ends of tasks' steps, by a hash of all that they depend on."""
+
+    path: Path
+    main: bool = True
+    device: torch.device | str = "cpu"
+
+    def load(self, key: str) -> dict[str, Any] | None:
+        """What was kept under a key, or None."""
+        stem = self.path / key
+        try:
+            return dict(load_state(stem, self.device)) if stem.with_suffix(".json").is_file() else None
+        except RetainError as error:
+            raise RetainError(f"{error}; remove {stem}.* to tune this task again") from error
+
+    def save(self, key: str, state: dict[str, Any]) -> None:
+        """Keep it, whole or not at all: the tensors first, then the file that is asked for. Runs wait in turn."""
+        if not self.main:
+            return
+        stem = self.path / key
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / "lock").open("w")
+        except OSError as error:
+            raise RetainError(f"reuse: cannot write into {self.path}: {error.strerror}") from error
+        with handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if not stem.with_suffix(".json").is_file():
+                save_state(stem, state)
+
+
 def empty(bank: AdapterBank) -> None:
     """Take every adapter out of the bank."""
     bank.mix = Mix()
@@ -400,7 +432,7 @@ def _foreign(path: Path) -> bool:
 
 
 __all__ = [
-    "FORMAT", "CheckpointDir", "Row", "RunDir", "append_lines", "differences", "empty", "load_state",
+    "FORMAT", "CheckpointDir", "Row", "RunDir", "TunedDir", "append_lines", "differences", "empty", "load_state",
     "load_tensors", "mend", "read_json", "read_jsonl", "read_record", "safe", "save_state", "save_tensors",
     "write_atomic", "write_json", "write_jsonl", "write_text",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +21,10 @@ from torch import Tensor
 
 from retain.adapters.bank import AdapterBank, Mix
 from retain.adapters.prompt import tokens_in_front
-from retain.engine import Engine, autocast
+from retain.engine import Engine, autocast, peak_memory
 from retain.method import Context, Method
 from retain.models.base import Model
-from retain.types import Batch, Examples, RetainError
+from retain.types import Batch, Examples, RetainError, digest
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Optim:
 class FitStats:
     """What training one task took, and the adapters it trained.
 
-    `tokens` counts input tokens, image tokens and soft prompts included.
+    `tokens` counts input tokens, image tokens and soft prompts included. `reused`: the steps were another run's,
+    and so are the seconds and the memory.
     """
 
     steps: int = 0
@@ -97,6 +99,8 @@ class FitStats:
     last_loss: float = math.nan
     trainable_parameters: int = 0
     trained: list[str] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+    reused: bool = False
 
 
 class Checkpoints(Protocol):
@@ -104,6 +108,17 @@ class Checkpoints(Protocol):
 
     def load(self) -> dict[str, Any] | None: ...
     def save(self, state: dict[str, Any]) -> None: ...
+
+
+class Tuned(Protocol):
+    """Where the steps of tasks are kept for other runs, by a hash of all they depend on; `retain.store` gives one."""
+
+    def load(self, key: str) -> dict[str, Any] | None: ...
+    def save(self, key: str, state: dict[str, Any]) -> None: ...
+
+
+BETWEEN = ("batch_mix", "loss", "grads", "after_step")
+"""The hooks that act between a task's first and last step. Without them the steps do not depend on the method."""
 
 
 def fit(
@@ -114,12 +129,14 @@ def fit(
     engine: Engine | None = None,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    tuned: Tuned | None = None,
 ) -> FitStats:
     """Train one task (`ctx.task`), hooks included, and leave the model with the method's mix switched on.
 
     With `checkpoints` it continues after the last one, bit for bit as if nothing had happened. The caller
     gives it bank and method as they were before the task: the hooks that come before the first step run again
-    (they draw from `ctx.rng` only), then the saved state replaces theirs.
+    (they draw from `ctx.rng` only), then the saved state replaces theirs. With `tuned`, steps that another run
+    has made from the same start are taken from there, and new ones left there.
     """
     engine, bank = engine or Engine(), model.adapters
     ctx.step, ctx.batch_size = 0, optim.batch_size
@@ -137,11 +154,19 @@ def fit(
     optimizer = make_optimizer(model, optim)
     order = batches(model, examples, ctx, optim, n_steps)
     saved = checkpoints.load() if checkpoints else None
-    stats = FitStats() if saved is None else _restore(saved, model, method, optimizer)
+    key = None if saved or not tuned else tuned_key(model, method, ctx, examples, optim, engine)
+    kept = tuned.load(key) if tuned and key else None
+    if engine.world > 1 and not all(engine.gather(kept is not None)):
+        kept = None
+    if kept:
+        stats = _reuse(kept, model, ctx)
+    else:
+        stats = FitStats() if saved is None else _restore(saved, model, method, optimizer)
     stats.trainable_parameters = sum(p.numel() for p in parameters)
     stats.trained = sorted({key.split("/", 1)[0] for key in bank.trainable()})
     started = time.perf_counter() - stats.seconds
-    losses, every = list[Tensor](), optim.checkpoint_every
+    losses, every, log, told = list[Tensor](), optim.checkpoint_every, ctx.log, list[dict[str, Any]]()
+    ctx.log = partial(_log_and_keep, log, told)
     with _training(model, optim):
         for step in range(stats.steps, n_steps):
             ctx.step = step
@@ -178,9 +203,50 @@ def fit(
                 stats.seconds = time.perf_counter() - started
                 checkpoints.save(_snapshot(stats, model, method, optimizer))
     optimizer.zero_grad(set_to_none=True)
+    ctx.log = log
+    stats.peak_memory_bytes = max(stats.peak_memory_bytes, peak_memory(model.device))
+    if tuned and key and not kept and engine.main:
+        stats.seconds = time.perf_counter() - started
+        adapters = {name: bank.state(name) for name in stats.trained}
+        tuned.save(key, {"stats": asdict(stats), "adapters": adapters, "events": told})
     method.end_task(ctx)
     stats.seconds = time.perf_counter() - started
     return stats
+
+
+def tuned_key(
+    model: Model, method: Method, ctx: Context, examples: Examples, optim: Optim, engine: Engine
+) -> str | None:
+    """A hash of all that the steps of this task depend on: base, adapters that are on or train, examples, seed.
+
+    None where a part of the method acts between the steps, or the mix is per sample. The adapters' names count
+    too. Threads, devices and the version of torch count because they change the last bits.
+    """
+    if any(part.owns(hook) for part in method.parts for hook in BETWEEN):
+        return None
+    bank = model.adapters
+    on = sorted({*bank.mix.names, *(k.split("/", 1)[0] for k in bank.trainable())})
+    how = {k: v for k, v in asdict(optim).items() if k not in ("checkpoint_every", "log_every")}
+    where = [engine.world, str(model.device), torch.get_num_threads(), torch.__version__]
+    return digest(
+        [model.fingerprint(), bank.signature, bank.mix.to_json(), {n: bank.state(n) for n in on}, list(bank.trainable()),
+         examples, ctx.task.name, ctx.seed, how, where]
+    )  # fmt: skip
+
+
+def _log_and_keep(log: Callable[..., None], told: list[dict[str, Any]], **fields: Any) -> None:
+    told.append(fields)
+    log(**fields)
+
+
+def _reuse(kept: Mapping[str, Any], model: Model, ctx: Context) -> FitStats:
+    """The end of another run's steps: its adapters, what it logged, what it took."""
+    for name, state in kept["adapters"].items():
+        model.adapters.load(name, state)
+    ctx.log(kind="reused", task=ctx.task.name)
+    for event in kept["events"]:
+        ctx.log(**event)
+    return FitStats(**{**kept["stats"], "reused": True})
 
 
 def make_optimizer(model: Model, optim: Optim) -> torch.optim.Optimizer:
