@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
+from fake_runs import fake_run
 from retain import cli
 from retain.analyse.merge import robustness
 from retain.benchmarks import mm_mergebench as bench
 from retain.merge.parts import Low, scaled, total
+from retain.report import summary
+from retain.report.html import write_report
+from retain.report.load import group, load_runs
+from retain.report.tables import compare
 from retain.types import RetainError
 
 
@@ -84,14 +91,40 @@ def test_a_run_of_merge_tasks_is_analysed(tmp_path: Path) -> None:
 
 
 def test_the_published_table_is_whole() -> None:
+    """The means as printed: every row but one is what its cells average to."""
+    printed = {
+        "individual": (69.23, None), "zero-shot": (43.37, 25.22), "multi-task": (63.62, 36.06),
+        "task arithmetic": (53.93, 33.31), "DARE": (53.84, 33.15), "TIES": (53.09, 33.14), "PCB": (53.70, 33.53),
+        "RobustMerge": (57.33, 37.99),
+    }  # fmt: skip
+    assert list(printed) == list(bench.PUBLISHED)
     for method, cells in bench.PUBLISHED.items():
-        seen, unseen = bench.MEANS[method]
+        seen, unseen = printed[method]
         slack = 0.09 if method == "RobustMerge" else 0.011  # one cell of that row is off in our source
-        assert bench._mean(cells, bench.SEEN) == pytest.approx(seen, abs=slack), method
-        if unseen == unseen:
-            assert bench._mean(cells, bench.UNSEEN) == pytest.approx(unseen, abs=0.011), method
-    rows = bench.beside({"ScienceQA": 80.0})
-    assert len(rows) == 10 and rows[-1][:3] == ["ours", "80.00", "–"] and {len(r) for r in rows} == {15}
+        assert sum(cells[t] for t in bench.SEEN) / 8 == pytest.approx(seen, abs=slack), method
+        if unseen is not None:
+            assert sum(cells[t] for t in bench.UNSEEN) / 4 == pytest.approx(unseen, abs=0.011), method
+
+
+def test_the_published_table_stands_beside_a_run(tmp_path: Path) -> None:
+    tasks = ("ScienceQA", "VQAv2")
+    fake_run(tmp_path / "a", tasks=tasks, n=8, steps=4)
+    assert summary.beside_published(group(load_runs([tmp_path / "a"]))) is None
+    said = {"source": "a paper", "scores": bench.PUBLISHED}
+    (tmp_path / "a" / "published.json").write_text(json.dumps(said))
+    runs = load_runs([tmp_path / "a"])
+    found = summary.beside_published(group(runs))
+    assert found is not None and found[0] == "a paper"
+    head, *rows = found[1]
+    assert head == ["method", *tasks, "mean"] and len(rows) == len(bench.PUBLISHED) + 1
+    assert (
+        rows[3] == ["task arithmetic", "71.94", "67.06", "69.50"] and rows[-1][0] == f"ours: {runs[0].label}"
+    )
+    assert runs[0].matrix is not None and rows[-1][1] == f"{runs[0].matrix.values[-1, 0]:.2f}"
+    out = io.StringIO()
+    compare(runs, Console(file=out, width=300))
+    assert "Published (a paper) and ours" in out.getvalue() and "RobustMerge" in out.getvalue()
+    assert "Beside the paper" in write_report([tmp_path / "a"], tmp_path / "r.html").read_text()
 
 
 def test_mm_mergebench_reads_folders_and_asks_its_way(tmp_path: Path) -> None:
@@ -103,6 +136,7 @@ def test_mm_mergebench_reads_folders_and_asks_its_way(tmp_path: Path) -> None:
                 json.dumps([{"id": split, "conversations": turns}])
             )
     s = bench.mm_mergebench(str(tmp_path), seen=["ScienceQA"], unseen=["AOKVQA"])
+    assert s.published is not None and s.ordered(["ScienceQA"]).published is s.published
     assert [t.name for t in s.all] == ["ScienceQA", "AOKVQA"] and len(s[0].train) == 1
     assert s[0].test[0].question.endswith(bench.LETTER) and s[0].compat is not None
     assert bench.asked(s[0].test[0], bench.LETTER) is s[0].test[0]

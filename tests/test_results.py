@@ -88,7 +88,7 @@ def test_orders_have_sections_of_their_own(tmp_path: Path) -> None:
             made(runs / f"{name}-{seed}", own, method=method, seed=seed, routed=name == "routed")
         made(runs / f"{name}.reversed-0", own, back, method=method, routed=name == "routed")
     text = write_results(runs, tmp_path / "results.md").read_text()
-    default, other = text.split("### Order `reversed`: icons, digits, garments")
+    default, other = text.split("## Order `reversed`\n\nTasks: icons, digits, garments.")
     for part, test in ((default, "paired t over seeds, n = 2"), (other, "paired permutation over samples")):
         assert (
             part.count("<!-- table -->") == 1
@@ -98,6 +98,29 @@ def test_orders_have_sections_of_their_own(tmp_path: Path) -> None:
         assert test in part and "| routed | 100.0" in part
         assert "| lora | 100" not in part
     assert "Made from 9 runs" in default
+
+
+def test_a_stream_with_unseen_tasks_has_its_section_with_their_scores(tmp_path: Path) -> None:
+    runs = tmp_path / "table"
+    made(runs / "lora-0")
+    for name, merger in (("merge_ties", "ties"), ("merge_task_arithmetic", "task_arithmetic")):
+        for seed in (0, 1):
+            folder = made(runs / f"{name}-{seed}", method=("merge_tasks",), seed=seed)
+            head = json.loads((folder / "run.json").read_text())
+            head["config"]["stream"] = {"pocket_merge": {}}
+            head["config"]["method"] = [{"merge_tasks": {"merger": merger}}]
+            (folder / "run.json").write_text(json.dumps(head))
+            m = json.loads((folder / "matrix.json").read_text())
+            m |= {"tasks": m["tasks"][:2], "unseen": m["tasks"][2:], "values": m["values"][:3]}
+            if "samples" in m:
+                m["samples"] = {k: v[:3] for k, v in m["samples"].items()}
+            (folder / "matrix.json").write_text(json.dumps(m))
+    text = write_results(runs, tmp_path / "results.md").read_text()
+    default, other = text.split(
+        "## Stream `pocket_merge`\n\nTasks: garments, digits; never trained on: icons."
+    )
+    assert "| Unseen |" not in default and "| Method | Last | Unseen |" in other
+    assert "**Against `merge_task_arithmetic`**" in other and "| merge_ties |" in other
 
 
 def script() -> Any:
@@ -133,8 +156,9 @@ def test_the_folder_says_recipe_order_and_seed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(table.subprocess, "run", run)
     table.one("lora", 3, "default", tmp_path, [])
     table.one("lora", 3, "reversed", tmp_path, ["optim.steps=2"])
-    assert commands[0][-2:] == ["seed=3", f"out={tmp_path / 'lora-3'}"]
-    assert commands[1][-3:-1] == [
+    assert commands[0][-3:] == ["seed=3", f"out={tmp_path / 'lora-3'}", f"reuse={tmp_path / 'tuned'}"]
+    assert commands[1][-4:-1] == [
         f"out={tmp_path / 'lora.reversed-3'}",
+        f"reuse={tmp_path / 'tuned'}",
         "stream.pocket.order=[distortion, digits, counting, garments, icons, charts, boxes, captions]",
     ]

@@ -357,6 +357,8 @@ def _describe(r: Running) -> None:
         )
     if not file.is_file():
         write_json(file, data)
+        if r.stream.published is not None:
+            write_json(r.store.path / "published.json", asdict(r.stream.published))
     file, base = r.store.path / "environment.json", r.model.fingerprint()
     old = read_record(file, "model") if file.is_file() else {"model": base}
     if old["model"] != base:

@@ -5,7 +5,7 @@ A `Stream` is a sequence of `Task`s with a name. `Score` is a protocol so that a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -41,6 +41,14 @@ class Task:
         return digest([self.name, list(self.train), list(self.test), self.score.name, self.max_new_tokens])
 
 
+@dataclass(frozen=True)
+class Published:
+    """A paper's table for this benchmark: method -> task -> score at the end, to stand beside a run's last row."""
+
+    source: str
+    scores: Mapping[str, Mapping[str, float]]
+
+
 @dataclass(frozen=True, eq=False)
 class Stream(Sequence[Task]):
     """Tasks in the order they are learned. `unseen` tasks are evaluated in every row but never trained on."""
@@ -48,6 +56,7 @@ class Stream(Sequence[Task]):
     name: str
     tasks: tuple[Task, ...]
     unseen: tuple[Task, ...] = ()
+    published: Published | None = None
 
     def __post_init__(self) -> None:
         names = [t.name for t in self.all]
@@ -82,7 +91,7 @@ class Stream(Sequence[Task]):
 
     def ordered(self, names: Sequence[str]) -> Stream:
         """The same stream with its tasks in another order (a subset is allowed)."""
-        return Stream(self.name, tuple(self.named(n) for n in names), self.unseen)
+        return replace(self, tasks=tuple(self.named(n) for n in names))
 
     def on_valid(self) -> Stream:
         """The same stream scored on its `valid` examples, for choosing a hyper-parameter; `test` stays unseen."""
@@ -95,4 +104,5 @@ class Stream(Sequence[Task]):
         def swap(tasks: tuple[Task, ...]) -> tuple[Task, ...]:
             return tuple(replace(t, test=t.valid, valid=()) for t in tasks)
 
-        return Stream(f"{self.name} (valid)", swap(self.tasks), swap(self.unseen))
+        name = f"{self.name} (valid)"  # a paper's table speaks of test scores
+        return replace(self, name=name, published=None, tasks=swap(self.tasks), unseen=swap(self.unseen))

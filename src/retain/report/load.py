@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from retain.store import Row as RowDir
 from retain.types import RetainError
 
 ZERO_SHOT = "zero_shot"
-NOT_THE_METHOD = frozenset({"seed", "out", "track", "name"})
+NOT_THE_METHOD = frozenset({"seed", "out", "reuse", "track", "name"})
 """Keys of a config that do not make another experiment: runs that differ only here are seeds of one group."""
 
 Record = Mapping[str, Any]
@@ -71,6 +71,7 @@ class Run:
     rows: tuple[Row, ...]
     matrix: AccuracyMatrix | None
     done: bool
+    published: Record = field(default_factory=dict)  # a paper's table for this benchmark; empty: none
 
     @property
     def label(self) -> str:
@@ -149,6 +150,7 @@ def load_run(path: Path) -> Run:
         rows=rows,
         matrix=matrix,
         done=(path / "DONE").exists(),
+        published=_optional(path / "published.json"),
     )
 
 

@@ -1,4 +1,5 @@
-"""docs/results.md: many runs as one page, order by order: the table, paired tests, routing, scores per task, budgets."""
+"""docs/results.md: many runs as one page, stream by stream and order by order: the table, paired tests, routing,
+scores per task, budgets."""
 
 from __future__ import annotations
 
@@ -12,22 +13,24 @@ from retain.report.load import Group, Run, group, load_runs
 from retain.report.tables import results_table
 from retain.types import RetainError
 
-BASELINES = ("lora", "replay")
+BASELINES = ("lora", "replay", "merge_task_arithmetic", "merge_average")
 METRICS = ("Last", "Forgetting")
+MERGED = ("Last", "Unseen")
+"""What is tested: on a stream with unseen tasks, the learned and the unseen ones at the end."""
 
 
 def write_results(folder: Path, out: Path) -> Path:
     """Fill the part between `<!-- begin:measured -->` and its end in `out` from the finished runs under `folder`."""
     runs = load_runs(sorted(p.parent for p in folder.glob("*/DONE")))
-    orders: dict[str, list[Run]] = {"": []}  # the default order first
+    sections: dict[str, list[Run]] = {"": []}  # the pocket's default order first
     for run in runs:
-        orders.setdefault(order_name(run), []).append(run)
+        sections.setdefault(section_name(run), []).append(run)
     parts = [
         f"Made from {len(runs)} runs by `make pocket-table`; mean ± sample standard deviation over seeds.\n"
     ]
-    for order, members in orders.items():
+    for title, members in sections.items():
         if members:
-            parts += _section(order, _named(group(members)))
+            parts += _section(title, _named(group(members)))
     begin, end = "<!-- begin:measured -->", "<!-- end:measured -->"
     text = out.read_text(encoding="utf8") if out.is_file() else f"# Results\n\n{begin}\n{end}\n"
     if begin not in text or end not in text:
@@ -37,12 +40,14 @@ def write_results(folder: Path, out: Path) -> Path:
     return out
 
 
-def _section(order: str, groups: Sequence[Group]) -> list[str]:
-    """Everything about the runs of one order of the tasks."""
-    tasks = ", ".join(groups[0].runs[0].tasks)
+def _section(title: str, groups: Sequence[Group]) -> list[str]:
+    """Everything about the runs of one stream and order of the tasks."""
+    matrix = groups[0].runs[0].matrix
+    tasks = ", ".join(matrix.tasks) if matrix else ""
+    tasks += f"; never trained on: {', '.join(matrix.unseen)}" if matrix and matrix.unseen else ""
     return [
-        *([f"### Order `{order}`: {tasks}\n"] if order else []),
-        "<!-- table -->",
+        *([f"## {title}\n\nTasks: {tasks}.\n"] if title else []),
+        "<!-- table -->",  # the README shows the first
         table(groups).rstrip(),
         "<!-- /table -->\n",
         *(tests(groups, name) for name in BASELINES if any(g.label == name for g in groups)),
@@ -55,6 +60,13 @@ def _section(order: str, groups: Sequence[Group]) -> list[str]:
 def recipe_name(run: Run) -> str:
     """The recipe's name as the folder says it: NAME-SEED, or NAME.ORDER-SEED for another order of the tasks."""
     return (run.path.name.rpartition("-")[0] or run.path.name).partition(".")[0]
+
+
+def section_name(run: Run) -> str:
+    """Which part of the page a run belongs to; empty for the pocket stream in its default order."""
+    stream, order = next(iter(run.config.get("stream", {"pocket": {}}))), order_name(run)
+    words = ([f"Stream `{stream}`"] if stream != "pocket" else []) + ([f"Order `{order}`"] if order else [])
+    return ", ".join(words)
 
 
 def order_name(run: Run) -> str:
@@ -72,15 +84,17 @@ def table(groups: Sequence[Group]) -> str:
 def tests(groups: Sequence[Group], baseline: str) -> str:
     """Every method against one baseline: difference, 95 % interval, p; over seeds where two or more are shared."""
     against = next(g for g in groups if g.label == baseline)
+    matrix = against.runs[0].matrix
+    names = MERGED if matrix and matrix.unseen else METRICS
     lines = [
         f"**Against `{baseline}`** (difference, 95 % interval, p; over samples it speaks of these runs only):\n"
     ]
-    lines += ["| method | " + " | ".join(METRICS) + " | paired |", "|---|" + "---|" * len(METRICS) + "---|"]
+    lines += ["| method | " + " | ".join(names) + " | paired |", "|---|" + "---|" * len(names) + "---|"]
     for g in groups:
         if g is against:
             continue
         made = summary.paired(g, against)
-        found = [made.named(name) for name in METRICS]
+        found = [made.named(name) for name in names]
         how = next((f"{c.test}, n = {c.n}" for c in found if c and c.test), made.reason or "–")
         lines.append(f"| {g.label} | " + " | ".join(_tested(c) for c in found) + f" | {how} |")
     return "\n".join(lines) + "\n"
@@ -118,7 +132,9 @@ def per_task(groups: Sequence[Group]) -> str:
             continue
         last, cells = mean.mean[-1], []
         for j in range(len(tasks)):
-            new = mean.mean[j + 1][j]
+            new = (
+                mean.mean[j + 1][j] if j < len(mean.tasks) else float("nan")
+            )  # an unseen task is never learned
             at_end = last[j] if last[j] == last[j] else mean.mean[0][j]  # zero-shot has its first row only
             cells.append(
                 f"{at_end:.0f}" + (f" ({new:.0f})" if new == new and j + 1 < len(mean.mean) - 1 else "")

@@ -153,6 +153,34 @@ def paired(group: Group, against: Group) -> Test:
     return Test(group.label, against.label, tuple(made))
 
 
+# -- a paper's table ------------------------------------------------------------------------------------
+
+
+def beside_published(groups: Sequence[Group]) -> tuple[str, list[list[str]]] | None:
+    """Source and rows of the published table of the groups' benchmark, and under it each group's last row.
+
+    Tasks that a run left out are left out of every row; means are over the tasks shown, learned and unseen
+    apart, and missing where a cell is. None: the benchmark has no published table.
+    """
+    run = next((r for g in groups for r in counted(g) if r.published and r.matrix is not None), None)
+    if run is None or run.matrix is None:
+        return None
+    learned, unseen = run.matrix.tasks, run.matrix.unseen
+    tables: dict[str, dict[str, float]] = {n: dict(v) for n, v in run.published["scores"].items()}
+    for g in groups:
+        mean = mean_matrix(g)
+        if mean is not None and (mean.tasks, mean.unseen) == (learned, unseen):
+            last = next((row for row in reversed(mean.mean) if not np.isnan(row).all()), mean.mean[0])
+            tables[f"ours: {g.label}"] = dict(zip((*learned, *unseen), map(float, last), strict=True))
+    means = {"seen": learned, "unseen": unseen} if unseen else {"mean": learned}
+    rows = [["method", *learned, *unseen, *means]]
+    for name, scores in tables.items():
+        cells = [scores.get(task, math.nan) for task in (*learned, *unseen)]
+        cells += [sum(scores.get(t, math.nan) for t in tasks) / len(tasks) for tasks in means.values()]
+        rows.append([name, *("–" if math.isnan(c) else f"{c:.2f}" for c in cells)])
+    return str(run.published.get("source", "")), rows
+
+
 # -- budgets --------------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,8 @@ def compare(
             f"Against {base.label} (difference; p corrected by Holm)",
             console=console,
         )
+    if published := summary.beside_published(groups):
+        show(published[1], f"Published ({published[0]}) and ours", console=console)
     for text in summary.warnings(groups, base):
         console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
@@ -109,7 +111,8 @@ def results_table(runs: Sequence[Run], labels: Mapping[str, str] | None = None) 
 
     `labels` names the method of a run folder otherwise than by its parts.
     """
-    names = ("Last", "Avg (MAA)", "New (MFT)", "BWT", "Forgetting")
+    unseen = any(run.matrix is not None and run.matrix.unseen for run in runs)
+    names = ("Last", *(["Unseen"] if unseen else []), "Avg (MAA)", "New (MFT)", "BWT", "Forgetting")
     head = ["Method", *names, "Train time", "Trainable", "Stored", "Seeds"]
     lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
     by_key = {c.key: c for c in summary.COSTS}

@@ -33,6 +33,7 @@ def run_view(run: Run) -> View:
         view["curves"] = curves(run)
         view["bars"] = bars(run)
         view["gains"] = any(bar["change"] > 0 for bar in view["bars"])
+    view["published"] = summary.beside_published([Group(run.label, (run,))])
     view["forgotten"] = samples.forgotten(run)
     view["routing"] = routing_heat(run)
     view["budget"] = budget_rows(run)
