@@ -14,6 +14,7 @@ import inspect
 import json
 import re
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
@@ -450,6 +451,13 @@ def load_plugin(path: Path) -> None:
     sys.modules[name] = module  # dataclasses look their module up while it is being run
     try:
         found.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
+    except Exception as error:  # whatever a user's file raises
         del sys.modules[name]
-        raise RetainError(f"plugins: {path}: {type(error).__name__}: {error}") from None
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        at = f"{path}:{lines[-1]}" if lines else str(path)
+        kind = "" if isinstance(error, RetainError) else f"{type(error).__name__}: "
+        raise RetainError(f"plugins: {at}: {kind}{error}") from None
+    classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == name]
+    idle = [c.__name__ for c in classes if issubclass(c, Method) and c not in methods.REGISTRY.values()]
+    if idle and not any(c in methods.REGISTRY.values() for c in classes):
+        raise RetainError(f"plugins: {path}: class {idle[0]} is not registered; put @register above it")

@@ -9,8 +9,11 @@ which process did the work before, and a run that was killed ends with the same 
 
 from __future__ import annotations
 
+import ast
+import json
 import platform
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,10 +32,10 @@ from retain.files import read_jsonl, read_record, write_json, write_jsonl, write
 from retain.method import Context, Method
 from retain.metrics.matrix import AccuracyMatrix
 from retain.models.base import Model
-from retain.store import Row, RunDir, TunedDir, empty, safe
+from retain.store import Row, RunDir, TunedDir, differences, empty, safe
 from retain.stream import Stream, Task
 from retain.train import FitStats, Optim, fit
-from retain.types import Examples, RetainError
+from retain.types import Examples, RetainError, digest
 
 PACKAGES = ("retain", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow")
 
@@ -97,16 +100,18 @@ def run(
     """Learn the stream with one method and evaluate every task after every stage.
 
     Returns the matrix; the folder holds everything else. Adapters that the model's bank holds are removed
-    first. A finished run is only read. `reuse` is a folder that runs share: a task that was tuned there from the
-    same start, with nothing of a method between the steps, is not tuned again (`retain.train.tuned_key`).
+    first. A finished run is only read; one made with other settings, data or code of a method is refused.
+    `reuse` is a folder that runs share: a task that was tuned there from the same start, with nothing of a method
+    between the steps, is not tuned again (`retain.train.tuned_key`).
     Raises `RetainError` before anything is written if the method or the data cannot run here.
     """
-    if store.done:
-        return AccuracyMatrix.from_json(read_record(store.path / "matrix.json", "tasks", "values"))
     engine = engine or Engine()
     options, watch = options or EvalOptions(), watch or Silent()
     tuned = TunedDir(reuse, store.main, model.device) if reuse else None
     r = Running(model, stream, method, optim, options, store, engine, watch, seed, tuned)
+    _same_setting(r)
+    if store.done:
+        return AccuracyMatrix.from_json(read_record(store.path / "matrix.json", "tasks", "values"))
     stages = check(r)
     with store.locked():
         _describe(r)
@@ -208,6 +213,8 @@ def _train(r: Running, row: Row, task: Task, seen: list[str], before: Row | None
     r.watch.stage(task.name, r.optim.n_steps(len(task.train)))
     r.store.event(kind="stage", task=task.name, samples=len(task.train))
     slots = row.checkpoints(r.model.device)
+    if slots.newest():
+        r.watch.note(f"{task.name}: continues after its last checkpoint")
     stats = fit(r.model, r.method, ctx, r.optim, r.engine, slots, r.watch.step, r.tuned)
     if stats.reused:
         r.watch.note(f"{task.name}: its steps were made by an earlier run (reuse)")
@@ -335,6 +342,37 @@ def _method_tensors(row: Row) -> tuple[int, int]:
     return sum(int(torch.Size(shape).numel()) for shape in shapes), n_bytes
 
 
+def setting(r: Running) -> dict[str, Any]:
+    """What a run was made with beside model and data, as plain data; of methods outside the package also their code."""
+    files = {p.name: getattr(sys.modules.get(type(p).__module__), "__file__", None) for p in r.method.parts}
+    own = {p.name for p in r.method.parts if type(p).__module__.startswith("retain.")}
+    code = {
+        n: digest(ast.dump(ast.parse(Path(f).read_text()))) for n, f in files.items() if f and n not in own
+    }
+    made = {
+        "method": [{p.name: p.config()} for p in r.method.parts], "code": code, "optim": asdict(r.optim),
+        "eval": asdict(r.options), "seed": r.seed, "tasks": [t.name for t in r.stream.all],
+    }  # fmt: skip
+    plain: dict[str, Any] = json.loads(json.dumps(made, default=str))
+    return plain
+
+
+def _same_setting(r: Running) -> None:
+    """Refuse a folder of a run that was made otherwise: its numbers, or its half, are not this run's.
+
+    Before anything is trained nothing depends on it: who mends a method after a first error goes on.
+    """
+    file = r.store.path / "setting.json"
+    if not file.is_file() or not any(row.trained or row.checkpoints().newest() for row in r.store.rows()):
+        return
+    changed = differences(read_record(file), setting(r))
+    if changed:
+        raise RetainError(
+            f"{r.store.path} holds a run that was made otherwise ({'; '.join(changed[:3])}); choose another folder"
+            + (" (the file of the method was edited)" if any(c.startswith("code.") for c in changed) else "")
+        )
+
+
 def _describe(r: Running) -> None:
     """Data, base model and environment, once at the start; data or a base that changed since then is refused.
 
@@ -359,6 +397,7 @@ def _describe(r: Running) -> None:
         write_json(file, data)
         if r.stream.published is not None:
             write_json(r.store.path / "published.json", asdict(r.stream.published))
+    write_json(r.store.path / "setting.json", setting(r))
     file, base = r.store.path / "environment.json", r.model.fingerprint()
     old = read_record(file, "model") if file.is_file() else {"model": base}
     if old["model"] != base:

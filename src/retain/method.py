@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
@@ -124,6 +126,11 @@ class Method:
 
     def state_dict(self) -> dict[str, Any]:
         """The fields with `init=False`: tensors, numbers, strings, examples, and lists and dicts of them."""
+        if extra := sorted(vars(self).keys() - {f.name for f in fields(self)}):
+            raise RetainError(
+                f"method {self.name!r} sets self.{extra[0]}, which is no field, so a continued run would lack it; "
+                f"declare it: {extra[0]}: ... = field(init=False, default=...), or default_factory=..."
+            )
         return {f.name: getattr(self, f.name) for f in fields(self) if not f.init}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -190,7 +197,9 @@ class Stack(Method):
             m.check(model, stream)
 
     def adapt(self, ctx: Context) -> Mix:
-        return self._owner("adapt").adapt(ctx)
+        owner = self._owner("adapt")
+        mix: Mix = answer(owner, "adapt", owner.adapt(ctx))
+        return mix
 
     def begin_task(self, ctx: Context) -> None:
         for m in self.members:
@@ -198,7 +207,7 @@ class Stack(Method):
 
     def data(self, ctx: Context, examples: Examples) -> Examples:
         for m in self.members:
-            examples = m.data(ctx, examples)
+            examples = answer(m, "data", m.data(ctx, examples))
         return examples
 
     def batch_mix(self, ctx: Context, batch: Batch) -> Mix | None:
@@ -207,7 +216,7 @@ class Stack(Method):
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | float:
         total: Tensor | float = 0.0
         for m in self.members:
-            total = total + m.loss(ctx, batch, out)
+            total = total + answer(m, "loss", m.loss(ctx, batch, out))
         return total
 
     def grads(self, ctx: Context) -> None:
@@ -243,6 +252,67 @@ class Stack(Method):
         return {f"{i}.{m.name}": m.config() for i, m in enumerate(self.members)}
 
 
+# -- what users get wrong ---------------------------------------------------------------------------------------------
+
+RETURNS: dict[str, tuple[Any, str]] = {
+    "adapt": (Mix, "a Mix"),
+    "data": (Sequence, "a sequence of Examples"),
+    "loss": ((int, float, Tensor), "a number or a tensor without dimensions"),
+}
+
+
+def answer(part: Method, hook: str, value: Any) -> Any:
+    """What a hook returned; an error that names part and hook where it is of another kind."""
+    kinds, wanted = RETURNS[hook]
+    if (
+        isinstance(value, kinds)
+        and not (isinstance(value, Tensor) and value.ndim)
+        and not isinstance(value, str)
+    ):
+        return value
+    told = (
+        f"a tensor {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"{type(value).__name__} {value!r:.60}"
+    )
+    raise RetainError(f"method {part.name!r}: {hook} returned {told}; {wanted} is needed")
+
+
+def _check_class(cls: type[Method]) -> None:
+    """A class that would be misread: no name, no @dataclass, a misspelt hook, a hook that takes other things."""
+    if "name" not in vars(cls):
+        raise RetainError(
+            f'class {cls.__name__} has no name; add name: ClassVar[str] = "…", as recipes write it'
+        )
+    own = vars(cls).get("__annotations__", {})
+    plain = [k for k, v in own.items() if "ClassVar" not in str(v)]
+    if plain and "__dataclass_fields__" not in vars(cls):
+        raise RetainError(
+            f"method {cls.name!r}: put @dataclass under @register, or its fields {plain} are not read"
+        )
+    hooks = [n for n, v in vars(Method).items() if callable(v) and not n.startswith("_")]
+    for name, value in vars(cls).items():
+        if not inspect.isfunction(value) or name.startswith("_"):
+            continue
+        near = difflib.get_close_matches(name, hooks, 1, cutoff=0.75)
+        if near and name not in hooks:
+            raise RetainError(
+                f"method {cls.name!r}: no hook {name!r}, did you mean {near[0]!r}? (a helper of yours: _{name})"
+            )
+        if name in hooks:
+            wanted, found = inspect.signature(getattr(Method, name)), inspect.signature(value)
+            try:
+                found.bind(*wanted.parameters)
+            except TypeError:
+                raise RetainError(
+                    f"method {cls.name!r}: {name}{_short(found)} does not take what it is given: {name}{_short(wanted)}"
+                ) from None
+
+
+def _short(signature: inspect.Signature) -> str:
+    return f"({', '.join(signature.parameters)})"
+
+
 # -- registry ---------------------------------------------------------------------------------------------------------
 
 REGISTRY: dict[str, type[Method]] = {}
@@ -250,10 +320,15 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(cls: M) -> M:
-    """Class decorator: the method can be named in recipes. Third parties use it, or the entry point `retain.methods`."""
+    """Class decorator: the method can be named in recipes. Third parties use it, or the entry point `retain.methods`.
+
+    RetainError: no name, a name that is taken, a misspelt hook, a hook with other arguments, no @dataclass.
+    """
+    _check_class(cls)
     taken = REGISTRY.get(cls.name)
     if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise RetainError(f"a method named {cls.name!r} is registered already, by {taken.__module__}")
+        at = getattr(sys.modules.get(taken.__module__), "__file__", None) or taken.__module__
+        raise RetainError(f"a method named {cls.name!r} is registered already, in {at}; choose another name")
     REGISTRY[cls.name] = cls
     return cls
 

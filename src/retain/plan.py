@@ -27,6 +27,7 @@ from retain.models.family import family_of
 from retain.models.guide import GuideSource, prototype_width
 from retain.models.load import eos_ids, load_processor, where
 from retain.report.summary import count, duration, size
+from retain.store import RunDir
 from retain.stream import Task
 from retain.train import Optim
 from retain.types import Example, RetainError
@@ -258,6 +259,17 @@ def stage_rows(plan: RunPlan) -> Rows:
     return [head, zero, *body]
 
 
+def _folder(recipe: Recipe) -> str:
+    """What `retain run` would find at the recipe's `out`."""
+    if not recipe.out.exists():
+        return "new"
+    try:
+        store = RunDir.open(recipe.out, recipe.resolved(), main=False)
+    except RetainError as error:
+        return f"in the way: {error}"
+    return "exists and is finished: it is only read" if store.done else "exists: the run continues"
+
+
 def total_rows(plan: RunPlan) -> Rows:
     """The whole run, with what every figure rests on."""
     shape, optim = plan.shape, plan.recipe.optim
@@ -295,7 +307,7 @@ def total_rows(plan: RunPlan) -> Rows:
         [
             "run folder",
             str(plan.recipe.out),
-            "exists: the run continues" if plan.recipe.out.exists() else "new",
+            _folder(plan.recipe),
         ],
     ]
     return [["what", "value", "how"], *body]

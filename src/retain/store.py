@@ -49,6 +49,7 @@ from retain.models.encode import open_image
 from retain.types import Example, Message, RetainError, digest
 
 FORMAT = 1
+TUNED = "about-this-folder.txt"
 NOT_THE_RECIPE = frozenset({"out", "reuse", "track"})
 """Keys of a config that do not decide what is computed: a run continues where they differ."""
 
@@ -62,7 +63,7 @@ def save_state(stem: Path, value: Any) -> None:
     Nests are dicts, lists, tuples and sets. Anything else is a RetainError that names its type.
     """
     tensors: dict[str, Tensor] = {}
-    skeleton = _pack(value, tensors)
+    skeleton = _pack(value, tensors, stem.name)
     write_atomic(stem.with_suffix(".safetensors"), lambda p: save_file(tensors, p))
     write_json(stem.with_suffix(".json"), skeleton)
 
@@ -87,7 +88,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_atomic(path, lambda p: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, p))
 
 
-def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _pack(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor | np.ndarray):
@@ -100,20 +101,21 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, PILImage.Image):
-        return _pack(np.array(value.convert("RGB")), tensors)
+        return _pack(np.array(value.convert("RGB")), tensors, at)
     if isinstance(value, Path):
         return {"$path": str(value)}
     if isinstance(value, Example):
         turns = [(m.role, m.text, m.images) for m in value.messages]
         body = (value.id, turns, value.images, value.references, dict(value.meta))
-        return {"$example": [_pack(v, tensors) for v in body]}
+        return {"$example": [_pack(v, tensors, at) for v in body]}
     if isinstance(value, Mapping):
-        return {"$dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
+        return {"$dict": [[_pack(k, tensors, at), _pack(v, tensors, f"{at}.{k}")] for k, v in value.items()]}
     for kind, types in (("$list", list), ("$tuple", tuple), ("$set", set | frozenset)):
         if isinstance(value, types):
-            return {kind: [_pack(v, tensors) for v in (sorted(value) if kind == "$set" else value)]}
+            return {kind: [_pack(v, tensors, at) for v in (sorted(value) if kind == "$set" else value)]}
     raise RetainError(
-        f"a method's state holds a {type(value).__name__}, which cannot be saved without pickle"
+        f"{at} holds a {type(value).__name__}, which cannot be saved without pickle; a method's state is numbers, "
+        "strings, tensors, arrays, paths, Examples, and lists, tuples, sets and dicts of them"
     )
 
 
@@ -385,6 +387,11 @@ class TunedDir:
         stem = self.path / key
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / TUNED).is_file():
+                write_text(
+                    self.path / TUNED,
+                    "Tasks that were tuned once (retain run … reuse=HERE). May be deleted.\n",
+                )
             handle = (self.path / "lock").open("w")
         except OSError as error:
             raise RetainError(f"reuse: cannot write into {self.path}: {error.strerror}") from error
@@ -432,7 +439,7 @@ def _foreign(path: Path) -> bool:
 
 
 __all__ = [
-    "FORMAT", "CheckpointDir", "Row", "RunDir", "TunedDir", "append_lines", "differences", "empty", "load_state",
+    "FORMAT", "TUNED", "CheckpointDir", "Row", "RunDir", "TunedDir", "append_lines", "differences", "empty", "load_state",
     "load_tensors", "mend", "read_json", "read_jsonl", "read_record", "safe", "save_state", "save_tensors",
     "write_atomic", "write_json", "write_jsonl", "write_text",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 from retain.adapters.bank import AdapterBank, Mix
 from retain.adapters.prompt import tokens_in_front
 from retain.engine import Engine, autocast, peak_memory
-from retain.method import Context, Method
+from retain.method import Context, Method, answer
 from retain.models.base import Model
 from retain.types import Batch, Examples, RetainError, digest
 
@@ -140,9 +140,11 @@ def fit(
     """
     engine, bank = engine or Engine(), model.adapters
     ctx.step, ctx.batch_size = 0, optim.batch_size
-    bank.mix = method.adapt(ctx)
+    settings = digest(method.config())
+    bank.mix = answer(method, "adapt", method.adapt(ctx))
     method.begin_task(ctx)
-    examples = method.data(ctx, ctx.task.train)
+    examples = answer(method, "data", method.data(ctx, ctx.task.train))
+    method.state_dict()  # refuses what could not be continued, before the first step
     ctx.n_steps = n_steps = optim.n_steps(len(examples))
     if not len(examples) or not n_steps:
         raise RetainError(
@@ -180,7 +182,9 @@ def fit(
                 with bank.using(mix):  # the backward too: checkpointed layers run again in it
                     with autocast(model.device, optim.precision):
                         out = model(batch)
-                        term = torch.as_tensor(method.loss(ctx, batch, out), device=model.device)
+                        term = torch.as_tensor(
+                            answer(method, "loss", method.loss(ctx, batch, out)), device=model.device
+                        )
                     shares = torch.stack([out.loss, term]) * (batch.n_answer / n_answer)
                     shares.sum().backward()  # type: ignore[no-untyped-call]
                 loss += shares.detach()
@@ -210,6 +214,11 @@ def fit(
         adapters = {name: bank.state(name) for name in stats.trained}
         tuned.save(key, {"stats": asdict(stats), "adapters": adapters, "events": told})
     method.end_task(ctx)
+    if digest(method.config()) != settings:
+        raise RetainError(
+            f"method {method.name!r}: a hyper-parameter changed while task {ctx.task.name!r} was learned; what changes "
+            "is state: declare it with field(init=False, …), or a continued run would start from the recipe's value"
+        )
     stats.seconds = time.perf_counter() - started
     return stats
 

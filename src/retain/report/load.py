@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from retain.metrics import AccuracyMatrix
-from retain.store import FORMAT, RunDir, read_json, read_jsonl
+from retain.store import FORMAT, TUNED, RunDir, read_json, read_jsonl
 from retain.store import Row as RowDir
 from retain.types import RetainError
 
@@ -159,7 +159,16 @@ def load_runs(paths: Sequence[Path | str]) -> list[Run]:
     if not paths:
         raise RetainError("no run folder given: name at least one, such as runs/pocket-lora")
     unique = {Path(path).resolve(): Path(path) for path in reversed(paths)}
-    return [load_run(path) for path in reversed(unique.values())]
+    found = [path for path in reversed(unique.values()) if len(paths) == 1 or not _beside(path)]
+    if not found:
+        raise RetainError(f"no run folder among {[str(p) for p in paths][:5]}")
+    return [load_run(path) for path in found]
+
+
+def _beside(path: Path) -> bool:
+    """Whether a path is no run but something else of ours that `runs/*` names: a page, its data, a folder of `reuse`."""
+    page = path.is_file() and path.suffix in (".html", ".json")
+    return page or (path / TUNED).is_file()
 
 
 def group(runs: Sequence[Run]) -> list[Group]:

@@ -45,15 +45,16 @@ class Number:
 def counted(group: Group) -> list[Run]:
     """The runs that the numbers of a group are taken over.
 
-    The finished ones that learned the same stream as the first; where none is finished, the one that came
-    furthest, on its own.
+    The finished ones that learned the same stream as the first, one per seed (the first given); where none is
+    finished, the one that came furthest, on its own.
     """
     runs = [run for run in group.runs if run.matrix is not None]
     done = [run for run in runs if run.done]
     if not done:
         return sorted(runs, key=lambda run: -len(run.learned))[:1]
     stream = [(run.matrix.tasks, run.matrix.unseen) for run in done if run.matrix is not None]
-    return [run for run, tasks in zip(done, stream, strict=True) if tasks == stream[0]]
+    same = [run for run, tasks in zip(done, stream, strict=True) if tasks == stream[0]]
+    return list({run.seed: run for run in reversed(same)}.values())[::-1]
 
 
 def finished(group: Group) -> bool:
@@ -275,6 +276,15 @@ def warnings(groups: Sequence[Group], against: Group) -> list[str]:
         for run in group.runs:
             if not run.done:
                 out.append(f"{run.path.name} is not finished: {progress_of(run)}.")
+        used, twice = (
+            counted(group),
+            [run for run in group.runs if group.seeds.count(run.seed) > 1 and run.done],
+        )
+        out += [
+            f"{run.path.name} repeats seed {run.seed} of {group.label} and is not counted."
+            for run in twice
+            if run not in used
+        ]
         if group is against or not (finished(group) and finished(against)):
             continue
         if found := differing(group, against):

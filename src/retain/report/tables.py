@@ -9,7 +9,7 @@ from rich.console import Console
 
 from retain.metrics.render import show
 from retain.report import summary
-from retain.report.load import Group, Run, group, load_run, load_runs
+from retain.report.load import Group, Run, group, load_runs
 from retain.types import RetainError
 
 __all__ = ["compare", "load_runs", "results_table"]
@@ -27,7 +27,8 @@ def compare(
     them.
     """
     console = console or Console()
-    groups = group([run if isinstance(run, Run) else load_run(Path(run)) for run in runs])
+    paths = [run for run in runs if not isinstance(run, Run)]
+    groups = group([*(run for run in runs if isinstance(run, Run)), *(load_runs(paths) if paths else ())])
     base = _named(groups, against)
     show(metric_rows(groups), console=console)
     _say(console, formulas(groups))
