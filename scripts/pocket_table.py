@@ -12,12 +12,12 @@ killed script goes on where it was. Runs share what they tuned alike (`reuse`).
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import multiprocessing.connection
 import os
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes" / "pocket"
@@ -40,29 +40,60 @@ def recipes() -> list[str]:
     return [*FIRST, *sorted({p.stem for p in RECIPES.glob("*.yaml")} - set(FIRST))]
 
 
-def one(name: str, seed: int, order: str, folder: Path, extra: list[str]) -> tuple[str, int, float]:
-    """One run in its own process; returns its name, exit code and seconds. A finished run is not started again."""
+def arguments(name: str, seed: int, order: str, folder: Path, extra: list[str]) -> tuple[Path, list[str]]:
+    """A run's folder and what `retain` is called with."""
     out = folder / (f"{name}.{order}-{seed}" if ORDERS[order] else f"{name}-{seed}")
-    if (out / "DONE").is_file():
-        return out.name, 0, 0.0
-    command = [
-        sys.executable,
-        "-m",
-        "retain.cli",
-        "run",
-        str(RECIPES / f"{name}.yaml"),
-        f"seed={seed}",
-        f"out={out}",
-        f"reuse={folder / 'tuned'}",
-        *([f"stream.pocket.order=[{', '.join(ORDERS[order].split())}]"] if ORDERS[order] else []),
-        *extra,
-    ]
-    started = time.monotonic()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{out.name}.log").open("w") as log:
-        code = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log, check=False).returncode
-    return out.name, code, time.monotonic() - started
+    tasks = [f"stream.pocket.order=[{', '.join(ORDERS[order].split())}]"] if ORDERS[order] else []
+    recipe = str(RECIPES / f"{name}.yaml")
+    return out, ["run", recipe, f"seed={seed}", f"out={out}", f"reuse={folder / 'tuned'}", *tasks, *extra]
+
+
+def child(log: Path, args: list[str]) -> None:
+    """One run in a process of its own, whose output goes to a file."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from retain.cli import app
+
+    app(args)
+
+
+def run_all(todo: list[tuple[Path, list[str]]], jobs: int) -> int:
+    """Up to `jobs` runs at a time, each forked from this process, so that imports and data are paid for once.
+
+    Finished runs are passed over; the number of failures is returned.
+    """
+    fork, failed = multiprocessing.get_context("fork"), 0
+    left = [(out, args) for out, args in todo if not (out / "DONE").is_file()]
+    if left:
+        _warm()
+    going: dict[Any, tuple[str, float, Any]] = {}
+    while left or going:
+        while left and len(going) < jobs:
+            out, args = left.pop(0)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            process = fork.Process(target=child, args=(out.parent / f"{out.name}.log", args))
+            process.start()
+            going[process.sentinel] = (out.name, time.monotonic(), process)
+        for sentinel in multiprocessing.connection.wait(list(going)):
+            name, started, process = going.pop(sentinel)
+            process.join()
+            told = "ok" if not process.exitcode else f"exit {process.exitcode}"
+            print(f"{name:32s} {told} {time.monotonic() - started:6.0f} s", flush=True)
+            failed += bool(process.exitcode)
+    return failed
+
+
+def _warm() -> None:
+    """Import what a run needs and make the pocket's pictures, without starting a thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    from retain import start  # noqa: F401
+    from retain.benchmarks.pocket import pocket
+    from retain.models import hf  # noqa: F401
+
+    pocket()
 
 
 def main() -> int:
@@ -83,11 +114,8 @@ def main() -> int:
     if not args.write_only:
         names = recipes() if args.all else args.only
         todo = [(name, seed, order) for seed in args.seeds for order in args.orders for name in names]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for name, code, seconds in pool.map(lambda job: one(*job, args.folder, args.overrides), todo):
-                if seconds:
-                    print(f"{name:32s} {'ok' if not code else f'exit {code}'} {seconds:6.0f} s", flush=True)
-                failed += bool(code)
+        os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+        failed = run_all([arguments(*job, args.folder.resolve(), args.overrides) for job in todo], args.jobs)
     from retain.report.results import write_results
 
     print(f"wrote {write_results(args.folder, args.out)}")

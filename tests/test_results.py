@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,19 +148,36 @@ def test_the_script_knows_every_recipe_and_real_orders() -> None:
     assert table.ORDERS["reversed"].split() == list(reversed(ORDER))
 
 
-def test_the_folder_says_recipe_order_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table, commands = script(), list[list[str]]()
-
-    def run(command: list[str], **_: Any) -> Any:
-        commands.append(command)
-        return type("Done", (), {"returncode": 0})
-
-    monkeypatch.setattr(table.subprocess, "run", run)
-    table.one("lora", 3, "default", tmp_path, [])
-    table.one("lora", 3, "reversed", tmp_path, ["optim.steps=2"])
-    assert commands[0][-3:] == ["seed=3", f"out={tmp_path / 'lora-3'}", f"reuse={tmp_path / 'tuned'}"]
-    assert commands[1][-4:-1] == [
-        f"out={tmp_path / 'lora.reversed-3'}",
-        f"reuse={tmp_path / 'tuned'}",
+def test_the_folder_says_recipe_order_and_seed(tmp_path: Path) -> None:
+    table = script()
+    out, plain = table.arguments("lora", 3, "default", tmp_path, [])
+    assert out == tmp_path / "lora-3" and plain[2:] == ["seed=3", f"out={out}", f"reuse={tmp_path / 'tuned'}"]
+    out, other = table.arguments("lora", 3, "reversed", tmp_path, ["optim.steps=2"])
+    assert out == tmp_path / "lora.reversed-3" and other[3] == f"out={out}"
+    assert other[-2:] == [
         "stream.pocket.order=[distortion, digits, counting, garments, icons, charts, boxes, captions]",
+        "optim.steps=2",
     ]
+
+
+@pytest.mark.slow
+def test_the_script_runs_and_writes(tmp_path: Path) -> None:
+    small = ["stream.pocket.n_test=2", "stream.pocket.n_train=16", "stream.pocket.order=[digits, charts]"]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "pocket_table.py",
+        "--only",
+        "zero_shot",
+        "lora",
+        "--seeds",
+        "0",
+    ]
+    command += ["--folder", tmp_path, "--out", tmp_path / "t.md", "--jobs", "2", *small, "optim.steps=2"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "lora-0" in done and "ok" in done and "| lora |" in (tmp_path / "t.md").read_text()
+    again = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "lora-0" not in again
+    wrong = subprocess.run(
+        [*command, "no.such=1", "--seeds", "1"], check=False, capture_output=True, text=True
+    )
+    assert wrong.returncode == 1 and "exit 2" in wrong.stdout

@@ -13,6 +13,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -230,8 +231,9 @@ def _examples(name: str, part: pic.Part, seed: int, count: int, taken: set[bytes
     return made
 
 
+@lru_cache(maxsize=16)
 def task(name: str, seed: int = 0, n_train: int = 1280, n_valid: int = 100, n_test: int = 64) -> Task:
-    """One pocket task on its own."""
+    """One pocket task on its own; the same object when asked for again."""
     if name not in MAKERS:
         raise RetainError(f"the pocket has no task {name!r}; choose from {sorted(MAKERS)}")
     maker, scorer, length = MAKERS[name]

@@ -43,7 +43,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.linalg.blas import sasum, sdot
 from torch import Tensor
 from torch.nn import Parameter
@@ -87,6 +89,8 @@ def _within(alpha: Tensor, fallback: float) -> Rates:
 
 # -- the sums: few passes over the bytes, no copy of a gradient, no wait for the device ------------------
 
+Row = NDArray[np.float32]
+SERIAL = 1 << 15  # entries up to which torch works in one thread
 CHUNK = 1 << 18  # entries worked on at a time on a CPU: the differences stay in the second-level cache
 GROUP = 1 << 26  # entries worked on at a time on an accelerator: bounds the temporaries to three times 256 MB
 
@@ -109,30 +113,41 @@ class Five(NamedTuple):
 def sums(fives: Sequence[Five], inner: bool) -> Tensor:
     """The rows that the rates are made of, (S, K) fp32: L1 norms, or inner products (`inner`)."""
     if all(f.on_cpu() for f in fives):
-        scratch = torch.empty(2, min(CHUNK, max(f.theta.numel() for f in fives)))
+        scratch = np.empty((2, min(CHUNK, max(f.theta.numel() for f in fives))), np.float32)
         return torch.tensor([_cpu_sums(f, inner, scratch) for f in fives]).t()
     return torch.cat([_foreach_sums(group, inner) for group in _grouped(fives)], dim=1)
 
 
-def _cpu_sums(five: Five, inner: bool, scratch: Tensor) -> list[float]:
+def _cpu_sums(five: Five, inner: bool, scratch: Row) -> list[float]:
     """One tensor, chunk after chunk, so that a difference is summed while in the cache; fp64 across."""
-    n = -(-five.theta.numel() // CHUNK)
-    flat = [(None,) * n if t is None else torch.split(t.view(-1), CHUNK) for t in five]
-    parts = [Five(*part) for part in zip(*flat, strict=True)]  # type: ignore[arg-type]
-    rows = [_chunk_sums(part, inner, scratch) for part in parts]
-    return rows[0] if len(rows) == 1 else [sum(column) for column in zip(*rows, strict=True)]
+    flat = [None if t is None else t.numpy().reshape(-1) for t in five]
+    n = five.theta.numel()
+    if n <= CHUNK:
+        return _chunk_sums(flat, inner, scratch)
+    starts = range(0, n, CHUNK)
+    rows = [_chunk_sums([a if a is None else a[i : i + CHUNK] for a in flat], inner, scratch) for i in starts]
+    return [sum(column) for column in zip(*rows, strict=True)]
 
 
-def _chunk_sums(five: Five, inner: bool, scratch: Tensor) -> list[float]:
+def _chunk_sums(five: Sequence[Row | None], inner: bool, scratch: Row) -> list[float]:
     theta, average, grad, last_grad, last_theta = five
+    assert theta is not None and average is not None and grad is not None and last_grad is not None
     one, two = scratch[0, : len(theta)], scratch[1, : len(theta)]
-    d = torch.sub(theta, average, out=one).numpy()
-    head = [sdot(d, d), sdot(grad.numpy(), d)] if inner else [sasum(d), sasum(grad.numpy())]
-    dg = torch.sub(grad, last_grad, out=two).numpy()
+    d = _minus(theta, average, one)
+    head = [sdot(d, d), sdot(grad, d)] if inner else [sasum(d), sasum(grad)]
+    dg = _minus(grad, last_grad, two)
     if last_theta is None:
         return [*head, sasum(dg)]
-    dtheta = torch.sub(theta, last_theta, out=one).numpy()
+    dtheta = _minus(theta, last_theta, one)
     return [*head, sdot(dg, dtheta), sdot(dtheta, dtheta)] if inner else [*head, sasum(dg), sasum(dtheta)]
+
+
+def _minus(a: Row, b: Row, out: Row) -> Row:
+    """a - b: by numpy where torch would use one thread too and its calls cost more than the work."""
+    if len(a) <= SERIAL:
+        return np.subtract(a, b, out)
+    torch.sub(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
+    return out
 
 
 def _grouped(fives: Sequence[Five]) -> list[list[Five]]:

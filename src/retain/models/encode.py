@@ -101,6 +101,8 @@ class Encoder:
         )
         self.pixels: ByteLRU[Mapping[str, Tensor]] = ByteLRU(budget)
         self._seen: weakref.WeakKeyDictionary[Example, Encoded] = weakref.WeakKeyDictionary()
+        self._texts: dict[tuple[tuple[Message, ...], bool], str] = {}  # questions come again and again
+        self._ids: dict[tuple[str, bool], tuple[int, ...]] = {}
 
     def __call__(self, example: Example) -> Encoded:
         """Token ids of prompt and answer, computed once per example.
@@ -124,6 +126,9 @@ class Encoder:
 
     def render(self, messages: tuple[Message, ...], generate: bool) -> str:
         """The conversation as text by the chat template, one placeholder per image."""
+        found = self._texts.get((messages, generate))
+        if found is not None:
+            return found
         content = [
             {"role": m.role, "content": [{"type": "image"}] * m.images + [{"type": "text", "text": m.text}]}
             for m in messages
@@ -132,15 +137,20 @@ class Encoder:
             content, chat_template=self.template, tokenize=False, add_generation_prompt=generate
         )
         assert isinstance(text, str)
+        _put(self._texts, (messages, generate), text)
         return text
 
-    def ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a rendered conversation; BOS is added unless the template wrote it."""
         bos = self.tokenizer.bos_token
-        ids: list[int] = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))[
-            "input_ids"
-        ]
-        return ids
+        return self._tokens(text, not (bos and text.startswith(bos)))
+
+    def _tokens(self, text: str, special: bool) -> tuple[int, ...]:
+        found = self._ids.get((text, special))
+        if found is None:
+            found = tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+            _put(self._ids, (text, special), found)
+        return found
 
     def _encode(self, example: Example) -> Encoded:
         messages = _placed(example)
@@ -163,12 +173,11 @@ class Encoder:
             raise RetainError(
                 f"example {example.id!r}: {found} image tokens for {sum(r.n_tokens for r in refs)} features"
             )
-        answer: list[int] = []
+        answer: tuple[int, ...] = ()
         if example.messages and example.messages[-1].role == "assistant":
             before, after = self._around(text, messages, example.answer)
-            answer = self._answer(prompt, expanded, before + example.answer)
-            answer.append(self._end(after))
-        return self._fit(Encoded(tuple(prompt), tuple(answer), tuple(refs)), example)
+            answer = (*self._answer(prompt, expanded, before + example.answer), self._end(after))
+        return self._fit(Encoded(prompt, answer, tuple(refs)), example)
 
     def _around(self, prompt: str, messages: tuple[Message, ...], answer: str) -> tuple[str, str]:
         """What the template writes between the prompt and the answer, and after the answer."""
@@ -178,16 +187,13 @@ class Encoder:
         before = rest[:at] if at > 0 else ""
         return (before, rest[at + len(answer) :]) if not before.strip() and at >= 0 else ("", "")
 
-    def _answer(self, prompt: list[int], text: str, answer: str) -> list[int]:
+    def _answer(self, prompt: tuple[int, ...], text: str, answer: str) -> tuple[int, ...]:
         both = self.ids(text + answer)
-        if both[: len(prompt)] == prompt:
-            return both[len(prompt) :]
-        alone: list[int] = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return alone
+        return both[len(prompt) :] if both[: len(prompt)] == prompt else self._tokens(answer, False)
 
     def _end(self, after: str) -> int:
         """The token that ends a turn: what the template writes if it is an EOS, else the tokenizer's own."""
-        ids = self.tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if after.strip() else []
+        ids = self._tokens(after.strip(), False) if after.strip() else ()
         if ids and ids[0] in self.eos:
             return int(ids[0])
         own = self.tokenizer.eos_token_id
@@ -227,6 +233,16 @@ class Encoder:
         n_tokens = tokens.count(self.image_token)
         n_rows = n_tokens if grid else int(pixels.shape[1] if pixels.ndim == 5 else pixels.shape[0])
         return ImageRef(key, source, n_tokens, n_rows, grid), tokens
+
+
+TEXTS = 1 << 11
+"""Texts whose rendering and tokens are remembered; beyond that all are forgotten at once."""
+
+
+def _put(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(cache) >= TEXTS:
+        cache.clear()
+    cache[key] = value
 
 
 def _placed(example: Example) -> tuple[Message, ...]:
