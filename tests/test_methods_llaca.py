@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -93,8 +94,13 @@ def test_fused_sums_equal_plain_ones(inner: bool, moves: bool, monkeypatch: pyte
     )
 
 
+@dataclass
 class Recorder(Llaca):
     """LLaCA that also writes down what it could see."""
+
+    seen_before: list[Any] = field(init=False, default_factory=list)
+    seen_grads: list[Any] = field(init=False, default_factory=list)
+    seen_after: list[Any] = field(init=False, default_factory=list)
 
     def grads(self, ctx: Context) -> None:
         self.seen_before.append({k: p.detach().clone() for k, p in ctx.model.adapters.trainable().items()})
@@ -109,7 +115,6 @@ class Recorder(Llaca):
 
 def trajectory(variant: str, **options: Any) -> tuple[Recorder, FakeModel, list[dict[str, Any]]]:
     part = Recorder(variant, first_task=True, **options)
-    part.seen_before, part.seen_grads, part.seen_after = [], [], []
     events: list[dict[str, Any]] = []
     model, ctx = FakeModel(), context()
     ctx.model, ctx.log = model, lambda **e: events.append(e)
