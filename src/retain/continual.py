@@ -397,7 +397,9 @@ def _describe(r: Running) -> None:
         write_json(file, data)
         if r.stream.published is not None:
             write_json(r.store.path / "published.json", asdict(r.stream.published))
-    write_json(r.store.path / "setting.json", setting(r))
+    file, made = r.store.path / "setting.json", setting(r)
+    if not file.is_file() or read_record(file) != made:
+        write_json(file, made)
     file, base = r.store.path / "environment.json", r.model.fingerprint()
     old = read_record(file, "model") if file.is_file() else {"model": base}
     if old["model"] != base:
