@@ -192,7 +192,7 @@ def test_a_plugin_registers_its_method(recipe: Path) -> None:
 
 def test_a_broken_plugin_is_named(recipe: Path) -> None:
     (recipe.parent / "broken_plugin.py").write_text("import nothing_of_that_name")
-    with pytest.raises(RetainError, match=r"broken_plugin\.py: ModuleNotFoundError"):
+    with pytest.raises(RetainError, match=r"broken_plugin\.py:1: ModuleNotFoundError"):
         config.load(recipe, ["plugins=[broken_plugin.py]"]).build_method()
 
 

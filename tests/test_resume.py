@@ -172,11 +172,14 @@ class Stop(Silent):
             raise KilledError
 
 
+GO = Optim(lr=2e-2, steps=3, batch_size=4, checkpoint_every=2, warmup=0.0)
+
+
 def go(
     folder: Path, model: FakeModel | None = None, spec: Any = "lora", watch: Any = None, **changed: Any
 ) -> Any:
     store = RunDir.open(folder, {"method": spec, **changed.pop("config", {})})
-    optim = changed.pop("optim", Optim(lr=2e-2, steps=3, batch_size=4, checkpoint_every=2, warmup=0.0))
+    optim = changed.pop("optim", GO)
     data = changed.pop("data", None) or stream()
     options = EvalOptions(batch_size=2)
     return run(
@@ -230,7 +233,8 @@ def test_joint_training_fills_the_last_row(tmp_path: Path) -> None:
 def test_a_finished_run_is_only_read(tmp_path: Path) -> None:
     first = go(tmp_path / "run")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
-    again = run(None, stream(), build("lora"), OPTIM, RunDir.read(tmp_path / "run"))  # type: ignore[arg-type]
+    how: Any = {"optim": GO, "store": RunDir.read(tmp_path / "run"), "options": EvalOptions(batch_size=2)}
+    again = run(None, stream(), build("lora"), **how)  # type: ignore[arg-type]  # the model is not looked at
     assert again.to_json() == first.to_json()
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
 

@@ -366,6 +366,10 @@ def _same_setting(r: Running) -> None:
     if not file.is_file() or not any(row.trained or row.checkpoints().newest() for row in r.store.rows()):
         return
     changed = differences(read_record(file), setting(r))
+    if any(c.startswith("tasks:") for c in changed):
+        raise RetainError(
+            f"{r.store.path}: the data of the stream changed since this run began ({changed[-1]})"
+        )
     if changed:
         raise RetainError(
             f"{r.store.path} holds a run that was made otherwise ({'; '.join(changed[:3])}); choose another folder"
