@@ -19,7 +19,7 @@ from torch import Tensor
 
 from retain.types import RetainError, State
 
-EXACT = 1024
+EXACT = 512
 """Up to this side a dense matrix is decomposed by LAPACK; above it by subspace iteration."""
 
 
