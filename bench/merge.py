@@ -1,8 +1,9 @@
 """Merging on disk against PEFT's `add_weighted_adapter` in the same run: time per merger, and peak memory.
 
-Eight adapters of rank 16 over the seven linear layers of Llama blocks. Time: ours reads the folders, merges and
-writes a folder; PEFT's adapters are loaded beforehand (not timed), nothing is written. Memory: the growth of a
-process over what it has after imports, less the adapters' bytes, in units of one module's eight dense changes.
+Eight adapters of rank 16 over the seven linear layers of Llama blocks. Time: `in memory` both sides start from loaded
+adapters; `on disk` ours reads the folders, merges and writes a folder, and PEFT's side is the same as before.
+Memory: the growth of a process over what it has after imports, less the adapters' bytes, in units of one module's
+eight dense changes.
 
 Sizes: `llama7b` has 7B's shapes but one block of 32, for memory (a block's cost does not depend on the others);
 `quarter` is a quarter as wide, for time, since PEFT's SVD of one 7B block takes minutes.
@@ -26,6 +27,7 @@ from memory import peak
 from safetensors.torch import save_file
 
 from retain.merge.folders import merge_folders, open_all
+from retain.merge.mergers import merger
 
 SHAPES = {
     "llama7b": (4096, 11008, 1),
@@ -105,8 +107,9 @@ def times(size: str, reps: int, tmp: Path) -> list[Ratio]:
     folders = write(size, tmp)
     model = peft_model(size, folders)
     names, rows = [str(n) for n in range(N)], []
+    states = [loaded(f) for f in folders]
     for kind, (name, how, options) in KINDS.items():
-        a, b = list[Took](), list[Took]()
+        a, b, c = list[Took](), list[Took](), list[Took]()
         for rep in range(reps if not kind.endswith("svd") else 1):
             took, _ = timed(lambda: model.add_weighted_adapter(names, [1 / N] * N, "m", kind, **options))  # noqa: B023
             a.append(took)
@@ -115,20 +118,27 @@ def times(size: str, reps: int, tmp: Path) -> list[Ratio]:
             to = tmp / f"{kind}-{rep}"
             took, _ = timed(lambda: merge_folders(folders, name, to, weights=[1 / N] * N, **how))  # noqa: B023
             b.append(took)
+            params = {**how.get("params", {}), "keep": how.get("keep")}
+            took, _ = timed(lambda: merger(name)(states, [1 / N] * N, **params))  # noqa: B023
+            c.append(took)
             if theirs is not None:
                 _equal(kind, theirs, to, size)
-        goal = ">= 3" if kind.endswith("svd") else ">= 1"
-        rows.append(
-            ratio(
-                f"merge {kind}, {N} adapters, {size}, over PEFT",
-                goal,
-                a,
-                b,
-                len(layers(size)),
-                unit="modules/s",
-            )
-        )
+        goal, n = ">= 3" if kind.endswith("svd") else ">= 1", len(layers(size))
+        title = f"merge {kind}, {N} adapters, {size}, over PEFT"
+        note = "ours from folders to a folder"
+        rows.append(ratio(f"{title}, in memory", goal, a, c, n, unit="modules/s"))
+        rows.append(ratio(f"{title}, on disk", goal, a, b, n, unit="modules/s", note=note))
     return rows
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor]:
+    """A folder as an adapter state: the scale in B."""
+    a = open_all([folder])[0]
+    state: dict[str, torch.Tensor] = {}
+    for path, leaves in a.modules.items():
+        state[f"{path}.lora_A"] = a.tensor(leaves["lora_A"])
+        state[f"{path}.lora_B"] = a.tensor(leaves["lora_B"]) * a.scale(path)
+    return state
 
 
 def _delta(model: Any, size: str) -> torch.Tensor:
