@@ -68,7 +68,10 @@ def test_what_does_not_route_has_no_routing_accuracy(tmp_path: Path) -> None:
     summed = made(tmp_path / "sum", {t: [t] for t in TASKS}, routed=True)
     for task in TASKS:
         rewrite(summed, task, [dict.fromkeys(TASKS, 1.0)] * 8)
-    assert [summary.routing(load_run(r)) for r in (one, unknown, summed)] == [None, None, None]
+    merged = made(tmp_path / "merged", {t: [t] for t in TASKS}, routed=True)
+    for task in TASKS:
+        rewrite(merged, task, [{"merged-1": 1.0}] * 8)
+    assert [summary.routing(load_run(r)) for r in (one, unknown, summed, merged)] == [None] * 4
 
 
 def test_method_state_is_told_at_the_end_and_task_by_task(tmp_path: Path) -> None:

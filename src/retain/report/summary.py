@@ -94,17 +94,18 @@ def routing(run: Run) -> float | None:
     """Share in percent of the learned tasks' test samples that an adapter trained on their task answered, after the
     last task. A blend counts as its heaviest adapter.
 
-    None where nothing is routed: all tasks trained the same adapters, or no sample has a heaviest one (a sum).
+    None where nothing is routed: all tasks trained the same adapters, or no sample has a heaviest one that a task
+    trained (a sum, a merge).
     """
     trained = {row.task: row.trained for row in run.learned}
     if len(set(trained.values())) < 2:
         return None
-    hits, routed = [], False
+    hits, routed, everyone = [], False, frozenset().union(*trained.values())
     for task, own in trained.items():
         for record in run.learned[-1].predictions(task):
             mix = record.get("mix") or {}
             top = [name for name, w in mix.items() if w == max(mix.values())]
-            routed |= len(top) == 1
+            routed |= len(top) == 1 and top[0] in everyone
             hits.append(len(top) == 1 and top[0] in own)
     return 100 * sum(hits) / len(hits) if routed else None
 
