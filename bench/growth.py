@@ -23,7 +23,12 @@ from retain.store import empty
 from retain.stream import Stream, Task
 from retain.train import Optim, fit
 
-GROWS = {"o_lora": "all old adapters run", "gpm": "its memory grows up to the width of the layers"}
+GROWS = {
+    "o_lora": "all old adapters run",
+    "gpm": "its memory grows up to the width of the layers",
+    "merge_tasks": "merges all adapters",
+    "lorahub": "searches over all adapters",
+}
 OPTIONS: dict[str, Any] = {
     "ewc": {"n_samples": 8},
     "gpm": {"n_samples": 8},
