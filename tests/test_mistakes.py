@@ -261,8 +261,9 @@ def test_the_watcher_hears_that_a_task_continues(tmp_path: Path) -> None:
 )
 def test_a_plugin_that_cannot_be_read_is_one_message(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "a.py").write_text(text.replace("{factor}", "1"))
-    with pytest.raises(RetainError, match=said):
-        load_plugin(tmp_path / "a.py")
+    for _ in range(2):  # the second try says the same
+        with pytest.raises(RetainError, match=said):
+            load_plugin(tmp_path / "a.py")
 
 
 # -- comparing -------------------------------------------------------------------------------------------

@@ -460,4 +460,5 @@ def load_plugin(path: Path) -> None:
     classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == name]
     idle = [c.__name__ for c in classes if issubclass(c, Method) and c not in methods.REGISTRY.values()]
     if idle and not any(c in methods.REGISTRY.values() for c in classes):
+        del sys.modules[name]  # or a second try would pass over it
         raise RetainError(f"plugins: {path}: class {idle[0]} is not registered; put @register above it")
