@@ -20,6 +20,7 @@ from retain.config import load_plugin
 from retain.continual import Silent, run
 from retain.method import REGISTRY, Context, Method, Stack, available, build, register
 from retain.report import summary
+from retain.report.html import write_report
 from retain.report.load import group, load_runs
 from retain.store import RunDir
 from retain.train import Optim
@@ -298,3 +299,14 @@ def test_plan_says_what_run_would_find(tmp_path: Path) -> None:
     said = CliRunner().invoke(cli.app, ["plan", str(recipe), f"out={out}"]).output
     assert "in the way" in said and "another recipe" in said.replace("\n", " ")
     assert json.loads((out / "run.json").read_text())["config"] == {"seed": 5}
+
+
+def test_a_draw_has_no_best_and_no_worst(tmp_path: Path) -> None:
+    """Two runs of one score, of which the report once named one the highest and the other the lowest."""
+    fake_run(tmp_path / "a", n=8, steps=4)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    head = json.loads((tmp_path / "b" / "run.json").read_text())
+    head["config"]["method"] = ["lora", "ema"]
+    (tmp_path / "b" / "run.json").write_text(json.dumps(head))
+    page = write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "r.html").read_text()
+    assert "All end at <b>" in page and "ends highest" not in page

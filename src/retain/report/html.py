@@ -122,6 +122,8 @@ def _lead(groups: Sequence[Group]) -> Markup:
         return Markup("")
     order = sorted(last.items(), key=lambda entry: -(entry[1] or 0.0))
     (best, top), (worst, low) = order[0], order[-1]
+    if f"{top:.1f}" == f"{low:.1f}":
+        return Markup("All end at <b>{:.1f}</b> on average over all tasks.").format(top)
     text = "<b>{}</b> ends highest, at <b>{:.1f}</b> on average over all tasks; {} ends lowest, at {:.1f}."
     return Markup(text).format(best, top, worst, low)
 
