@@ -156,6 +156,27 @@ def cooler(part: Hide, temperature: float) -> Hide:
     return other
 
 
+def test_the_sum_that_is_carried_on_is_that_of_all_adapters() -> None:
+    """A task adds its own factors to the sum; a task learned once more is not counted twice."""
+    part = Hide(coefficient=0.5)
+    model = learned(part, *TASKS)
+
+    def check() -> None:
+        states = [model.adapters.state(n) for n in part.adapter_of.values()]
+        fused, want = model.adapters.state("fused"), hide_file.factor_sum(states, 0.5)
+        assert fused.keys() == want.keys()
+        for key, tensor in want.items():
+            torch.testing.assert_close(fused[key], tensor, atol=1e-6, rtol=1e-6)
+
+    check()
+    ctx = context(model, TASKS[0], TASKS)
+    part.adapt(ctx)
+    for p in model.adapters.trainable().values():
+        p.data += 1.0
+    part.end_task(ctx)
+    check()
+
+
 def test_equal_anchors_give_equal_weights() -> None:
     guide = Guide(torch.nn.functional.normalize(torch.randn(3, 5), dim=-1), torch.eye(7)[:3])
     d_BK = expansion(guide, torch.ones(4, 5), torch.ones(4, 7), 0.5, 0.5, 0.1)

@@ -73,13 +73,30 @@ def test_prompts_and_their_order_equal_the_transcription(K: int, lam: float) -> 
         model.adapters.mix = part.adapt(ctx)
         names = list(part.prompt_of.values())
         old = scores(model, part, batch, names[:-1])
-        mix, routed = part.batch_mix(ctx, batch), part.route(ctx, batch)
+        mix = part.batch_mix(ctx, batch)
+        part.end_task(ctx)
+        routed = part.route(ctx, batch)
         every = scores(model, part, batch, names)
         for row in range(len(batch)):
             assert order(mix, row) == [names[k] for k in reference.training_order(old[row], K)]
             assert order(routed, row) == [names[k] for k in reference.inference_order(every[row], K)]
             seen_orders.add(tuple(order(routed, row)))
     assert len(seen_orders) > K, "samples must choose differently, or this could not fail"
+
+
+def test_the_kept_prototypes_are_those_of_the_prompts() -> None:
+    """They are computed once, when a prompt is frozen; a prompt tuned once more gets a new one."""
+    model, part, s = learn(3)
+
+    def kept_equals_now() -> bool:
+        now = {n: reference.prototype(tensors(model, n)) for n in part.prompt_of.values()}
+        assert list(part.prototypes) == list(now)
+        return all(torch.allclose(part.prototypes[n], p, atol=1e-6) for n, p in now.items())
+
+    assert kept_equals_now()
+    before = part.prototypes["02-letter1"]
+    fit(model, part, Context(model, s.tasks[1], s, [t.name for t in s], seed=0), HOW)
+    assert kept_equals_now() and not torch.allclose(part.prototypes["02-letter1"], before, atol=1e-6)
 
 
 def test_both_prototype_losses_are_in_the_loss() -> None:

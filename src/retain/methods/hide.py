@@ -61,14 +61,20 @@ def expansion(
     return torch.softmax(r_BK / temperature, dim=-1)
 
 
-def factor_sum(states: Sequence[State], coefficient: float = 1.0) -> dict[str, Tensor]:
-    """A = sum_c A_c and B = coefficient sum_c B_c at every LoRA layer; the rest (the projector) is the last's."""
+def factor_sum(
+    states: Sequence[State], coefficient: float = 1.0, onto: State | None = None
+) -> dict[str, Tensor]:
+    """A = sum_c A_c and B = coefficient sum_c B_c at every LoRA layer, added to a sum so far (`onto`).
+
+    The rest (the projector) is the last state's.
+    """
     out = dict(states[-1])
     for key, last in states[-1].items():
         kind = key.rpartition(".")[2]
         if kind in ("lora_A", "lora_B"):
             total = torch.stack([s[key].float() for s in states]).sum(0)
-            out[key] = (total * coefficient if kind == "lora_B" else total).to(last.dtype)
+            total = total * coefficient if kind == "lora_B" else total
+            out[key] = (total if onto is None else onto[key].float() + total).to(last.dtype)
     return out
 
 
@@ -120,14 +126,18 @@ class Hide(Method):
 
     def end_task(self, ctx: Context) -> None:
         name, bank, n = self.adapter_of[ctx.task.name], ctx.model.adapters, len(ctx.task.train)
+        again = name in self.image_anchor
         rows = take(n, self.anchor_samples, ctx.rng("hide-anchor")) if self.anchor_samples else range(n)
         image_F, text_D = mean_features(ctx, rows)
         self.image_anchor = {**self.image_anchor, name: image_F}
         self.text_anchor = {**self.text_anchor, name: text_D}
         if self.fusion == "factor_sum":
+            sum_so_far = bank.state(FUSED) if FUSED in bank.names and not again else None
+            news = [name] if sum_so_far else list(self.adapter_of.values())
+            fused = factor_sum([bank.state(n) for n in news], self.coefficient, sum_so_far)
             if FUSED not in bank.names:
                 bank.add(FUSED, ctx.rng("hide"))
-            bank.load(FUSED, factor_sum([bank.state(n) for n in self.adapter_of.values()], self.coefficient))
+            bank.load(FUSED, fused)
 
     def route(self, ctx: Context, batch: Batch) -> Mix | None:
         if not self.image_anchor:

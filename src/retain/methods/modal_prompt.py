@@ -76,13 +76,12 @@ def chosen(score_BK: Tensor, names: Sequence[str], n: int, last: str | None = No
     """The `n` best prompts of each sample, ascending, then `last`: weights 1/m, 2/m, …, 1 say the order."""
     n = min(n, len(names))
     m = n + (last is not None)
-    w_BK = torch.zeros_like(score_BK)
+    weights: dict[str, float | Tensor] = {}
     if n:
         best_Bn = score_BK.argsort(dim=1, descending=True, stable=True)[:, :n].flip(1)
-        w_BK.scatter_(1, best_Bn, (torch.arange(1, n + 1) / m).to(w_BK).expand(len(w_BK), -1))
-    weights: dict[str, float | Tensor] = {
-        k: w_BK[:, i] for i, k in enumerate(names) if bool(w_BK[:, i].any())
-    }
+        w_n = (torch.arange(1, n + 1) / m).to(score_BK)
+        w_BK = torch.zeros_like(score_BK).scatter_(1, best_Bn, w_n.expand(len(score_BK), -1))
+        weights = {names[i]: w_BK[:, i] for i in sorted(set(best_Bn.flatten().tolist()))}
     return Mix(weights if last is None else {**weights, last: 1.0})
 
 
@@ -100,6 +99,7 @@ class ModalPrompt(Method):
     prototype_weight: float = 1.0
 
     prompt_of: dict[str, str] = field(init=False, default_factory=dict)  # task -> adapter, in learning order
+    prototypes: dict[str, Tensor] = field(init=False, default_factory=dict)  # of the learned prompts, fp32
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_weight <= 1 or self.prototype_weight < 0:
@@ -126,31 +126,36 @@ class ModalPrompt(Method):
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | float:
         if not self.prototype_weight:
             return 0.0
-        p = _prototypes(ctx.model, [self.prompt_of[ctx.task.name]])[0]
+        p = _prototype(ctx.model, self.prompt_of[ctx.task.name])
         image, text = prototype_losses(ctx.model.guide(batch), p)
         return (image + text) * self.prototype_weight
 
     @torch.no_grad()
+    def end_task(self, ctx: Context) -> None:
+        name = self.prompt_of[ctx.task.name]
+        self.prototypes = {**self.prototypes, name: _prototype(ctx.model, name)}
+
+    @torch.no_grad()
     def route(self, ctx: Context, batch: Batch) -> Mix | None:
-        if not self.prompt_of:
+        if not self.prototypes:
             return None
-        names = list(self.prompt_of.values())
+        names = list(self.prototypes)
         return chosen(self._scores(ctx.model, batch, names), names, _at_once(ctx.model))
 
     def _scores(self, model: Model, batch: Batch, names: Sequence[str]) -> Tensor:
         """Guidance of every sample towards each prompt: (B, K)."""
         if not names:
             return torch.zeros(len(batch), 0)
-        image, text = cosines(model.guide(batch), _prototypes(model, names))
+        image, text = cosines(model.guide(batch), torch.stack([self.prototypes[n] for n in names]))
         return self.image_weight * image + (1 - self.image_weight) * text
 
 
-def _prototypes(model: Model, names: Sequence[str]) -> Tensor:
-    """Prototypes (K, …) where the guide's features are: on the CPU."""
+def _prototype(model: Model, name: str) -> Tensor:
+    """A prompt's prototype where the guide's features are: on the CPU."""
     prefix = f"{SITE}."
-    each = [{k.removeprefix(prefix): p for k, p in model.adapters.parameters(n).items()} for n in names]
+    tensors = {k.removeprefix(prefix): p for k, p in model.adapters.parameters(name).items()}
     with torch.autocast(model.device.type, enabled=False):  # cosines in fp32, whatever the forward runs in
-        return torch.stack([prototype(t) for t in each]).cpu()
+        return prototype(tensors).cpu()
 
 
 def _at_once(model: Model) -> int:
