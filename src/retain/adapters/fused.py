@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from retain.adapters.lora import LoraLinear, folded
+from retain.adapters.lora import LoraLinear, folded, routed
 
 
 def together(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
@@ -31,7 +31,8 @@ def together(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
     """
     weights = _plain_mix(layers)
     if not weights:
-        return _routed(layers, x) or tuple(layer(x) for layer in layers)
+        whole = _joined(layers) and routed(tuple(layers), x)
+        return whole or tuple(layer(x) for layer in layers)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     first: LoraLinear = layers[0]
     if (folding := first.folding(x)) and len({s.base.bias is None for s in layers}) == 1:
@@ -63,40 +64,6 @@ def _plain_mix(layers: Sequence[Any]) -> dict[str, float]:
 def _joined(layers: Sequence[Any]) -> bool:
     plain = all(isinstance(s, LoraLinear) and type(s.base) is nn.Linear for s in layers)
     return plain and not layers[0].bank.read
-
-
-def _routed(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
-    """A mix with weights per sample, without gradients: one product with all A of the group; None: not here.
-
-    The factors side by side, and the weights along the rank, are made once where the bank keeps them.
-    """
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not _joined(layers):
-        return None
-    first: LoraLinear = layers[0]
-    active = first.active()
-    names = [n for n, _ in active]
-    if (
-        not names
-        or (first.spec.dropout and first.training)
-        or any(s.lora_A[names[0]].dtype != x.dtype or s.base.weight.dtype != x.dtype for s in layers)
-    ):
-        return None
-    bank, group = first.bank, tuple(layers)
-
-    def factors() -> tuple[Tensor, list[Tensor]]:
-        each = [s.side_by_side(names) for s in layers]
-        return torch.cat([A for A, _ in each]), [B for _, B in each]
-
-    A_RD, Bs = bank.once((group, *names), factors)
-    w_B1R = bank.once(group, lambda: first.weights_along(active, x, len(layers)), bank.mix)
-    h_BTR = F.linear(x, A_RD).mul_(w_B1R)
-    h_MR, out, at = h_BTR.view(-1, h_BTR.shape[-1]), [], 0
-    for s, B in zip(layers, Bs, strict=True):
-        y: Tensor = F.linear(x, s.base.weight, s.base.bias)
-        y.view(-1, y.shape[-1]).addmm_(h_MR[:, at : at + B.shape[1]], B.t(), alpha=first.spec.scale)
-        out.append(y)
-        at += B.shape[1]
-    return tuple(out)
 
 
 def _cat(parts: list[Tensor], dim: int) -> Tensor:

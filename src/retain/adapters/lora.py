@@ -132,6 +132,50 @@ def folded(layers: tuple[_Foldable, ...], x: Tensor, active: list[tuple[str, Wei
     return F.linear(x, *found[1:])
 
 
+def routed(layers: tuple[LoraLinear, ...], x: Tensor) -> tuple[Tensor, ...] | None:
+    """A mix with weights per sample, without gradients: one product with all A of layers that read one tensor.
+
+    None where that cannot be. The factors side by side are made once where the bank keeps them, the weights along
+    the rank once for every mix.
+    """
+    first = layers[0]
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or first.visual:
+        return None  # at a visual layer the weights differ from call to call: they go by the images in it
+    found = first.bank.once((layers, x.ndim), lambda: _blend(layers, x), first.bank.mix)
+    if found is None:
+        return None
+    A_RD, Bs, w_B1R = found
+    h_MR = F.linear(x, A_RD).mul_(w_B1R).view(-1, A_RD.shape[0])
+    out, at = [], 0
+    for layer, B in zip(layers, Bs, strict=True):
+        y: Tensor = F.linear(x, layer.base.weight, layer.base.bias)
+        y.view(-1, y.shape[-1]).addmm_(h_MR[:, at : at + B.shape[1]], B.t(), alpha=first.spec.scale)
+        out.append(y)
+        at += B.shape[1]
+    return tuple(out)
+
+
+def _blend(layers: tuple[LoraLinear, ...], x: Tensor) -> tuple[Tensor, list[Tensor], Tensor] | None:
+    """All A (R, in), the B of each layer, and the weights along R; None where a layer must run on its own."""
+    first = layers[0]
+    active = first.active()
+    names = tuple(n for n, _ in active)
+    if (
+        not any(isinstance(w, Tensor) for _, w in active)
+        or (first.spec.dropout and first.training)
+        or any(type(s.base) is not nn.Linear for s in layers)
+        or any(s.lora_A[names[0]].dtype != x.dtype or s.base.weight.dtype != x.dtype for s in layers)
+    ):
+        return None
+
+    def factors() -> tuple[Tensor, list[Tensor]]:
+        each = [s.side_by_side(names) for s in layers]
+        return torch.cat([A for A, _ in each]) if len(each) > 1 else each[0][0], [B for _, B in each]
+
+    A_RD, Bs = first.bank.once((layers, names), factors)
+    return A_RD, Bs, torch.cat([first.weights(active, x)] * len(layers), dim=-1)
+
+
 class LoraLinear(_Foldable):
     """K LoRA adapters on one linear layer. A: (r, in), uniform as in PEFT; B: (out, r), zero."""
 
@@ -162,6 +206,8 @@ class LoraLinear(_Foldable):
     def forward(self, x: Tensor) -> Tensor:
         if folding := self.folding(x):
             return folded((self,), x, folding)
+        if (blended := routed((self,), x)) is not None:
+            return blended[0]
         active = self.active()
         if not active:
             plain: Tensor = self.base(x)
@@ -170,7 +216,7 @@ class LoraLinear(_Foldable):
         autocast = torch.is_autocast_enabled(x.device.type)
         names = [n for n, _ in active]
         numbers = not any(isinstance(w, Tensor) for _, w in active)
-        A, B = self._stacked(active) if numbers else self.side_by_side(names)
+        A, B = self._stacked(active) if numbers else self.side_by_side(tuple(names))
         scale = self.spec.scale
         if numbers and len(active) == 1:
             scale *= float(active[0][1])
@@ -186,13 +232,13 @@ class LoraLinear(_Foldable):
         y: Tensor = self.base(x)
         h = F.linear(seen if autocast else seen.to(A.dtype), A)  # (B, T, R)
         if not numbers:
-            h = h * self._weights(active, h)
+            h = h * self.weights(active, h)
         if autocast or y.dtype == h.dtype == B.dtype:
             flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale)
             return flat.view(y.shape)
         return y + (F.linear(h, B) * scale).to(y.dtype)
 
-    def side_by_side(self, names: list[str]) -> tuple[Tensor, Tensor]:
+    def side_by_side(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """All A along the rank (R, in), and all B (out, R), of weight one."""
         return self.bank.once((self, *names), lambda: self._stacked([(n, 1.0) for n in names]))
 
@@ -203,11 +249,7 @@ class LoraLinear(_Foldable):
         A = torch.cat([self.lora_A[n] for n, _ in active])
         return A, torch.cat([self.lora_B[n] if w == 1 else self.lora_B[n] * w for n, w in active], dim=1)
 
-    def weights_along(self, active: list[tuple[str, Weight]], x: Tensor, repeats: int) -> Tensor:
-        """The weights along the rank, for so many layers that read x: (B, 1, repeats x R)."""
-        return torch.cat([self._weights(active, x)] * repeats, dim=-1)
-
-    def _weights(self, active: list[tuple[str, Weight]], h: Tensor) -> Tensor:
+    def weights(self, active: list[tuple[str, Weight]], h: Tensor) -> Tensor:
         """The weight of each adapter repeated over its rank: (…, R), broadcast over tokens."""
         per_sample = any(isinstance(w, Tensor) and w.ndim for _, w in active)
         columns = []
