@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.internvl.processing_internvl import InternVLProcessor
 
 import tiny
 from retain.adapters.bank import Mix
 from retain.adapters.lora import LoraSpec
+from retain.adapters.prompt import PromptSpec
 from retain.models.base import Model
 from retain.models.cache import ByteLRU
 from retain.models.encode import VICUNA_V1
@@ -115,7 +118,7 @@ def test_adapters_on_the_tower_are_trained_not_cached(family: str) -> None:
     with model.adapters.using(tiny.mixture(*[{"a": 1.0}, {"b": 1.0}] * 3)):
         out = model(batch)
         out.loss.backward()
-    first = ("encoder.layers.0", "blocks.0")
+    first = ("encoder.layers.0", "encoder.layer.0", "blocks.0")
     trained = model.adapters.trainable()
     tower = [p for k, p in trained.items() if model.family.tower in k and any(f in k for f in first)]
     assert tower and all(p.grad is not None and p.grad.abs().sum() > 0 for p in tower)
@@ -341,6 +344,34 @@ def test_a_saved_model_loads_with_its_guide(tmp_path: Path) -> None:
     torch.testing.assert_close(guide.text_BD.norm(dim=1), torch.ones(6))
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl"])
+def test_a_saved_model_loads_without_its_video_processor(family: str, tmp_path: Path) -> None:
+    """Both processors' classes want torchvision for videos; tokens and pixels are the same without it."""
+    hf, processor = tiny.BUILDERS[family](0)
+    hf.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model, direct = HFModel.load(tmp_path, tiny.SPEC), HFModel(hf, processor, tiny.SPEC)
+    batches = [m.collate(tiny.examples(), answers=True) for m in (model, direct)]
+    assert torch.equal(batches[0].inputs["input_ids"], batches[1].inputs["input_ids"])
+    assert torch.equal(model(batches[0]).logits_NV, direct(batches[1]).logits_NV)
+    assert {r.n_tokens for r in batches[0].meta["images"]} == ({20} if family == "internvl" else {4})
+
+
+def test_internvl_images_are_cropped_and_written_as_its_processor_does() -> None:
+    """`InternVLProcessor` crops by default, whatever the image processor's own default says."""
+    model = tiny.model("internvl")
+    processor = model.processor
+    assert processor.images_kwargs == InternVLProcessor.images_kwargs
+    theirs = SimpleNamespace(
+        start_image_token="<img>", end_image_token="</img>", image_token="<IMG_CONTEXT>", image_seq_length=4
+    )
+    found = processor.image_processor(images=[tiny.picture(0)], crop_to_patches=True)
+    want = InternVLProcessor.replace_image_token(theirs, found, 0)  # type: ignore[arg-type]
+    assert processor.replace_image_token(found, 0) == want and want.count("<IMG_CONTEXT>") == 20
+    (ref,) = model.encode(tiny.example(0)).images
+    assert (ref.n_rows, ref.n_tokens) == (5, 20)  # four crops and the whole
+
+
 def test_loading_errors_speak_plainly(tmp_path: Path) -> None:
     with pytest.raises(RetainError, match="no such folder"):
         HFModel.load(tmp_path / "gone")
@@ -369,6 +400,10 @@ def test_an_unknown_family_is_found_by_its_parts() -> None:
             answers.append(m.generate(m.collate(tiny.examples(), answers=False), 6))
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
     assert answers[0] == answers[1]
+    with pytest.raises(
+        RetainError, match=r"something_new family takes token ids only; use one of .*'internvl'"
+    ):
+        HFModel(hf, processor, PromptSpec())
     hf.config.model_type = "other"
     with pytest.raises(RetainError, match="found no language model"):
         family_of(type("Bare", (torch.nn.Module,), {"config": hf.config})())

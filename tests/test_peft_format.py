@@ -25,7 +25,7 @@ def plain_logits(hf: Any, model: HFModel, batch: Any) -> torch.Tensor:
     """Logits of a plain (or PEFT-wrapped) Hugging Face model at the answer positions, by its own forward."""
     inputs = dict(batch.inputs) | model._pixels([model.encode(e) for e in batch.examples], batch.examples)
     inputs.pop("position_ids", None)
-    if model.family.name == "qwen2_vl":
+    if model.family.grid_rope:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.encode.image_token_id).int()
         inputs["image_grid_thw"] = inputs["image_grid_thw"].long()
     if model.family.name == "idefics3":

@@ -62,7 +62,7 @@ def begin_with_bos(model: HFModel) -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "hf"])
-@pytest.mark.parametrize("case", [("llava", 1), ("llava", 0), ("qwen2_5_vl", 0), ("idefics3", 0)], ids=str)
+@pytest.mark.parametrize("case", [("llava", 1), *((family, 0) for family in tiny.FAMILIES)], ids=str)
 def test_prompts_equal_the_same_tokens_in_the_text(
     case: tuple[str, int], fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,5 @@
-"""Tiny random models of three families, built from configs in memory: LLaVA-1.5, Qwen2.5-VL,
-SmolVLM/Idefics3.
+"""Tiny random models of five families, built from configs in memory: LLaVA-1.5, Qwen2.5-VL, SmolVLM/Idefics3,
+Qwen3-VL, InternVL.
 
 Real transformers classes, real Pillow image processors, a byte-level tokenizer trained on a few lines;
 nothing is read from disk or the network. Weights are larger than a default initialisation, so that greedy
@@ -17,13 +17,16 @@ from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     Idefics3Config,
+    InternVLConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
+    Qwen3VLConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -35,7 +38,7 @@ from retain.models.hf import HFModel
 from retain.models.load import PlainProcessor
 from retain.types import Example, Message
 
-FAMILIES = ("llava", "qwen2_5_vl", "idefics3")
+FAMILIES = ("llava", "qwen2_5_vl", "idefics3", "qwen3_vl", "internvl")
 SPEC = LoraSpec(rank=4, alpha=8.0)
 LINES = [
     "A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT:",
@@ -55,6 +58,7 @@ QWEN_TEMPLATE = (
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+INTERNVL_TEMPLATE = QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
 IDEFICS_TEMPLATE = (
     "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}: {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n"
@@ -62,8 +66,10 @@ IDEFICS_TEMPLATE = (
 )
 
 
-def tokenizer(special: list[str], eos: str, pad: str = "<pad>") -> PreTrainedTokenizerFast:
-    """A byte-level BPE of about 300 tokens."""
+def tokenizer(
+    special: list[str], eos: str, pad: str = "<pad>", named: dict[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of about 300 tokens; `named` ones can be asked for by attribute."""
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
@@ -73,7 +79,11 @@ def tokenizer(special: list[str], eos: str, pad: str = "<pad>") -> PreTrainedTok
     )
     tok.train_from_iterator(LINES, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tok, eos_token=eos, pad_token=pad, additional_special_tokens=special or None
+        tokenizer_object=tok,
+        eos_token=eos,
+        pad_token=pad,
+        extra_special_tokens=special or None,
+        model_specific_special_tokens=named,
     )
 
 
@@ -156,6 +166,50 @@ def qwen2_5_vl(seed: int = 0) -> tuple[Any, Any]:
     return _build(config, seed), PlainProcessor(tok, images, QWEN_TEMPLATE, "<|image_pad|>")
 
 
+def qwen3_vl(seed: int = 0) -> tuple[Any, Any]:
+    """Qwen3-VL: DeepStack (the first decoder layer adds features of an earlier tower layer), interleaved positions."""
+    special = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tok = tokenizer(special, "<|im_end|>")
+    ids = {t: tok.convert_tokens_to_ids(t) for t in special}
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 1e4}
+    config = Qwen3VLConfig(
+        vision_config={
+            "depth": 3, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32,
+            "patch_size": 7, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [1],
+        },
+        text_config=_text(tok, rope_parameters=rope, head_dim=8),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )  # fmt: skip
+    images = Qwen2VLImageProcessorPil(
+        patch_size=7,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56},
+    )
+    return _build(config, seed), PlainProcessor(tok, images, QWEN_TEMPLATE, "<|image_pad|>")
+
+
+def internvl(seed: int = 0) -> tuple[Any, Any]:
+    """InternVL: its own ViT, pixel shuffle, Qwen2 text model, an image as several crops."""
+    named = {
+        "start_image_token": "<img>", "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+    }  # fmt: skip
+    tok = tokenizer(["<|im_start|>", *named.values()], "<|im_end|>", named=named)
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": [16, 16], "patch_size": [4, 4],
+        },
+        text_config={"model_type": "qwen2", **_text(tok)},
+        image_token_id=tok.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
+    )  # fmt: skip
+    images = GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, min_patches=1, max_patches=4)
+    return _build(config, seed), PlainProcessor(tok, images, INTERNVL_TEMPLATE, "<IMG_CONTEXT>", 4)
+
+
 def idefics3(seed: int = 0) -> tuple[Any, Any]:
     """Idefics3 (SmolVLM's architecture): SigLIP tower, pixel shuffle, an image as several crops."""
     rows = [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)]
@@ -182,7 +236,13 @@ def idefics3(seed: int = 0) -> tuple[Any, Any]:
     )
 
 
-BUILDERS = {"llava": llava, "qwen2_5_vl": qwen2_5_vl, "idefics3": idefics3}
+BUILDERS = {
+    "llava": llava,
+    "qwen2_5_vl": qwen2_5_vl,
+    "idefics3": idefics3,
+    "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
+}
 
 
 def model(family: str = "llava", spec: Spec = SPEC, seed: int = 0, **kwargs: Any) -> HFModel:

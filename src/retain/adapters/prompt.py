@@ -68,6 +68,11 @@ class Places:
     real_BS: Tensor  # whether anything stands here
     n_B: Tensor  # prompt tokens of each row
 
+    def moved(self, at_BT: Tensor) -> Tensor:
+        """Which columns of the longer rows are those of the shorter ones that are marked: (B, S)."""
+        own_BS = (self.real_BS & ~self.prompt_BS).to(at_BT.device)
+        return at_BT.gather(1, self.old_BS.to(at_BT.device)) & own_BS
+
 
 class Prompts(nn.Module):
     """The one site of a bank of prompts. It is no part of the model: the model asks it (`placed`, `fill`).

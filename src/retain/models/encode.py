@@ -120,7 +120,7 @@ class Encoder:
         if found is None:
             found = self._process(open_image(ref.source, example_id))
             self.pixels.put(ref.key, found)
-        return {k: v for k, v in found.items() if k not in ("rows", "cols")}
+        return {k: v for k, v in found.items() if k not in COUNTS}
 
     # -- text ------------------------------------------------------------------------------------------------
 
@@ -215,8 +215,9 @@ class Encoder:
     # -- images ----------------------------------------------------------------------------------------------
 
     def _process(self, image: PILImage.Image) -> Mapping[str, Tensor]:
-        extra = {"return_row_col_info": True} if hasattr(self.processor, "global_image_tag") else {}
-        out = self.processor.image_processor(images=[image], **extra)
+        out = self.processor.image_processor(
+            images=[image], **(getattr(self.processor, "images_kwargs", None) or {})
+        )
         return {k: torch.as_tensor(np.asarray(v)) for k, v in out.items()}
 
     def _refer(self, source: ImageSource, example_id: str) -> tuple[ImageRef, str]:
@@ -226,7 +227,7 @@ class Encoder:
         if found is None:
             found = self._process(image)
             self.pixels.put(key, found)
-        as_lists = {k: v.tolist() if k in ("rows", "cols") else v for k, v in found.items()}
+        as_lists = {k: v.tolist() if k in COUNTS else v for k, v in found.items()}
         tokens: str = self.processor.replace_image_token(as_lists, 0)
         grid = tuple(int(n) for n in found["image_grid_thw"][0]) if "image_grid_thw" in found else ()
         pixels = found["pixel_values"]
@@ -234,6 +235,9 @@ class Encoder:
         n_rows = n_tokens if grid else int(pixels.shape[1] if pixels.ndim == 5 else pixels.shape[0])
         return ImageRef(key, source, n_tokens, n_rows, grid), tokens
 
+
+COUNTS = ("rows", "cols", "num_patches")
+"""What an image processor says about an image besides its tensors: how many image tokens stand for it."""
 
 TEXTS = 1 << 11
 """Texts whose rendering and tokens are remembered; beyond that all are forgotten at once."""

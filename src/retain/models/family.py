@@ -2,9 +2,9 @@
 tokens.
 
 Paths follow transformers 5.x. A *split* family runs its frozen tower apart from its projector, so that tower
-features can be cached: LLaVA (Liu et al. 2023), Idefics3/SmolVLM (Laurençon et al. 2024), Qwen2-VL/Qwen2.5-VL
-(Bai et al. 2025). Any other family is called whole, as Hugging Face does, with its parts found by their usual
-names.
+features can be cached: LLaVA (Liu et al. 2023), Idefics3/SmolVLM (Laurençon et al. 2024), Qwen2-VL, Qwen2.5-VL and
+Qwen3-VL (Bai et al. 2025), InternVL (Zhu et al. 2025). Any other family is called whole, as Hugging Face does, with
+its parts found by their usual names.
 """
 
 # I images, R tower rows of an image (crops, or groups of patches), P patches, D width, M image tokens
@@ -29,8 +29,8 @@ class Family:
     """Module paths, and for split families the two halves of the image path.
 
     `features` maps one image's inputs to frozen features (R, …); `project` maps the features of all images,
-    concatenated along R, to embeddings (M, D). `stack` says that images of equal size may share one tower
-    call.
+    concatenated along R, to embeddings (M, D), or (M, (1 + n) D) where the first n decoder layers add image features
+    of their own (DeepStack, Meng et al. 2024). `stack` says that images of equal size may share one tower call.
     """
 
     name: str
@@ -86,11 +86,30 @@ def _idefics_project(model: Any, features: Tensor) -> Tensor:
     return projected.flatten(0, 1)
 
 
-# -- Qwen2-VL, Qwen2.5-VL: patches of any number, merged 2 x 2 by the projector ------------------------------
+# -- InternVL: an image is R crops ---------------------------------------------------------------------------
+
+
+def _internvl_features(model: Any, inputs: Inputs) -> Tensor:
+    config = model.config
+    layer = config.vision_feature_layer
+    out = model.model.vision_tower(pixel_values=inputs["pixel_values"], output_hidden_states=layer != -1)
+    hidden: Tensor = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
+    return hidden[:, 1:] if config.vision_feature_select_strategy == "default" else hidden  # (R, P, D)
+
+
+def _internvl_project(model: Any, features: Tensor) -> Tensor:
+    side = int(features.shape[1] ** 0.5)
+    square = features.unflatten(1, (side, side))
+    shuffled = model.model.pixel_shuffle(square, scale_factor=model.config.downsample_ratio).flatten(1, 2)
+    projected: Tensor = model.model.multi_modal_projector(shuffled)
+    return projected.flatten(0, 1)
+
+
+# -- Qwen2-VL, Qwen2.5-VL, Qwen3-VL: patches of any number, merged 2 x 2 by the projector --------------------
 
 
 class _Keep(nn.Module):
-    """Stands in for the merger: groups the patches as it would, and leaves them unmerged."""
+    """Stands in for a merger: groups the patches as it would, and leaves them unmerged."""
 
     def __init__(self, group: int) -> None:
         super().__init__()
@@ -101,25 +120,35 @@ class _Keep(nn.Module):
 
 
 @contextmanager
-def _without_merger(visual: Any) -> Iterator[None]:
-    merger = visual.merger
-    visual.merger = _Keep(visual.spatial_merge_size**2)
+def _without_mergers(visual: Any) -> Iterator[None]:
+    merger, deep = visual.merger, getattr(visual, "deepstack_merger_list", ())
+    keep = _Keep(visual.spatial_merge_size**2)
+    visual.merger = keep
+    if deep:
+        visual.deepstack_merger_list = nn.ModuleList([keep] * len(deep))
     try:
         yield
     finally:
         visual.merger = merger
+        if deep:
+            visual.deepstack_merger_list = deep
 
 
 def _qwen_features(model: Any, inputs: Inputs) -> Tensor:
     visual = model.model.visual
-    with _without_merger(visual):
-        out: Tensor = visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
-    return out  # (R, 4, D)
+    with _without_mergers(visual):
+        out = visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+    kept: Tensor = torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], dim=-1)
+    return kept  # (R, 4, D), or (R, 4, (1 + n) D): the last layer's patches, then those of n earlier ones
 
 
 def _qwen_project(model: Any, features: Tensor) -> Tensor:
-    merged: Tensor = model.model.visual.merger(features.flatten(0, 1))
-    return merged  # (R, D)
+    visual = model.model.visual
+    mergers = [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
+    each = features.flatten(0, 1).chunk(len(mergers), dim=-1)
+    return torch.cat(
+        [merge(x.contiguous()) for merge, x in zip(mergers, each, strict=True)], dim=-1
+    )  # (R, (1 + n) D)
 
 
 # -- the table -----------------------------------------------------------------------------------------------
@@ -142,9 +171,13 @@ _QWEN = Family(
 )  # fmt: skip
 _QWEN3 = Family(
     "qwen3_vl", "model.language_model", "model.visual",
-    ("model.visual.merger", "model.visual.deepstack_merger_list"), grid_rope=True,
+    ("model.visual.merger", "model.visual.deepstack_merger_list"),
+    _qwen_features, _qwen_project, grid_rope=True,
 )  # fmt: skip
-_INTERNVL = Family("internvl", "model.language_model", "model.vision_tower", ("model.multi_modal_projector",))
+_INTERNVL = Family(
+    "internvl", "model.language_model", "model.vision_tower", ("model.multi_modal_projector",),
+    _internvl_features, _internvl_project,
+)  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     "llava": _LLAVA,

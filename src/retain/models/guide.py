@@ -97,7 +97,7 @@ class Guider:
         batch = base.collate([example], answers=False)
         features = base.tower_features(batch)
         at = [r.key for r in batch.meta["images"]].index(key)
-        value = features[at].float()
+        value = features[at].float()[..., : _tower_width(base.hf)]  # of the last layer, where there are more
         return value.reshape(-1, value.shape[-1]).mean(0).cpu()
 
     def _bag(self, text: str) -> Tensor:

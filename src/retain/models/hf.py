@@ -31,7 +31,7 @@ from retain.adapters.prompt import Prompts, placed, prompts_of
 from retain.models import llama
 from retain.models.cache import ByteLRU
 from retain.models.encode import Encoded, Encoder
-from retain.models.family import Family, family_of
+from retain.models.family import FAMILIES, Family, family_of
 from retain.models.generate import greedy, next_logits
 from retain.models.guide import Guider, GuideSource, prototype_width
 from retain.models.load import eos_ids, load_pretrained
@@ -92,7 +92,7 @@ class HFModel:
         if self.prompts and self.family.features is None:
             raise RetainError(
                 f"adapter: kind prompt puts embeddings before the text, and the {self.family.name} family takes "
-                "token ids only; use LLaVA, SmolVLM/Idefics3 or Qwen2(.5)-VL, or kind lora"
+                f"token ids only; use one of {sorted(FAMILIES)}, or kind lora"
             )
         self.frozen_tower = self.family.features is not None and not any(
             path.startswith(self.family.tower + ".") and not path.startswith(self.family.projector)
@@ -296,7 +296,7 @@ class HFModel:
             }
             out = self.hf.model(input_ids=inputs["input_ids"], **pixels, **call)
         else:
-            out = self.language(inputs_embeds=self._embeddings(batch, inputs), **call)
+            out = self.language(**self._embedded(batch, inputs), **call)
         hidden: Tensor = out.last_hidden_state
         return hidden
 
@@ -325,20 +325,30 @@ class HFModel:
 
     def _embeddings(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Tensor:
         """Token embeddings with the projected image features, and prompts, in their places: (B, T, D)."""
-        embeds_BTD = self._with_images(batch, inputs)
-        places = batch.meta.get("places")
-        return self.prompts.fill(embeds_BTD, places) if self.prompts and places else embeds_BTD
+        embeds: Tensor = self._embedded(batch, inputs)["inputs_embeds"]
+        return embeds
 
-    def _with_images(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _embedded(self, batch: Batch, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the language model gets in place of token ids: embeddings, and where early layers add image
+        features of their own, those and their places."""
         embeds_BTD: Tensor = self.embed(inputs["input_ids"])
-        if not batch.meta["images"]:
-            return embeds_BTD
-        features = self._frozen_features(batch) if self.frozen_tower else self._live_features(inputs)
-        assert self.family.project is not None
-        image_MD = self.family.project(self.hf, features)
-        index = batch.meta["image_index"].to(self.device)
-        flat = embeds_BTD.flatten(0, 1).index_copy(0, index, image_MD.to(embeds_BTD.dtype))
-        return flat.view_as(embeds_BTD)
+        places, D = batch.meta.get("places"), embeds_BTD.shape[-1]
+        deep: dict[str, Any] = {}
+        if batch.meta["images"]:
+            features = self._frozen_features(batch) if self.frozen_tower else self._live_features(inputs)
+            assert self.family.project is not None
+            image_MD, *more = self.family.project(self.hf, features).to(embeds_BTD.dtype).split(D, dim=-1)
+            index = batch.meta["image_index"].to(self.device)
+            embeds_BTD = embeds_BTD.flatten(0, 1).index_copy(0, index, image_MD).view_as(embeds_BTD)
+            if more:
+                at_BT = torch.zeros(embeds_BTD.shape[:2], dtype=torch.bool, device=self.device)
+                at_BT.view(-1)[index] = True
+                deep = {"visual_pos_masks": at_BT, "deepstack_visual_embeds": more}
+        if self.prompts and places:
+            embeds_BTD = self.prompts.fill(embeds_BTD, places)
+            if deep:
+                deep["visual_pos_masks"] = places.moved(deep["visual_pos_masks"])
+        return {"inputs_embeds": embeds_BTD, **deep}
 
     def _live_features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         assert self.family.features is not None

@@ -24,16 +24,31 @@ from retain.types import RetainError
 
 
 class PlainProcessor:
-    """Tokenizer and image processor side by side, for processors whose class insists on a video processor."""
+    """Tokenizer and image processor side by side, for processors whose class insists on a video processor.
+
+    Images become tokens by the rule of Qwen-VL (a token per merged group of patches), or of InternVL where `per_crop`
+    says how many tokens stand for a crop.
+    """
 
     def __init__(
-        self, tokenizer: Any, image_processor: Any, chat_template: str | None, image_token: str
+        self,
+        tokenizer: Any,
+        image_processor: Any,
+        chat_template: str | None,
+        image_token: str,
+        per_crop: int = 0,
     ) -> None:
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.chat_template, self.image_token = chat_template, image_token
+        self.chat_template, self.image_token, self.per_crop = chat_template, image_token, per_crop
+        self.images_kwargs = {"crop_to_patches": True} if per_crop else {}  # InternVLProcessor's default
 
     def replace_image_token(self, image_inputs: dict[str, Any], index: int) -> str:
-        """The image token once per merged group of patches (Qwen2-VL's rule)."""
+        """What stands for an image in the text."""
+        if self.per_crop:
+            many = self.per_crop * image_inputs["num_patches"][index]
+            return (
+                f"{self.tokenizer.start_image_token}{self.image_token * many}{self.tokenizer.end_image_token}"
+            )
         merged = int(image_inputs["image_grid_thw"][index].prod()) // self.image_processor.merge_size**2
         return str(self.image_token * merged)
 
@@ -73,14 +88,17 @@ def load_pretrained(
         auto: Any = AutoModelForImageTextToText
         config = AutoConfig.from_pretrained(name, local_files_only=local)
         model = auto.from_pretrained(name, config=config, dtype=dtype, local_files_only=local)
-        processor = load_processor(name, local)
+        processor = load_processor(name, local, int(getattr(config, "image_seq_length", 0) or 0))
     except (OSError, ValueError) as error:
         raise RetainError(f"model {name!r} cannot be loaded: {error}") from error
     return model.to(device).eval(), processor
 
 
-def load_processor(name: str, local: bool) -> Any:
-    """AutoProcessor; where its class needs torchvision for videos, tokenizer and Pillow image processor."""
+def load_processor(name: str, local: bool, per_crop: int = 0) -> Any:
+    """AutoProcessor; where its class needs torchvision for videos, tokenizer and Pillow image processor.
+
+    `per_crop` is the config's `image_seq_length`: image tokens of a crop.
+    """
     reason: object = "AutoProcessor finds no tokenizer with an image processor"
     auto: Any = AutoProcessor
     try:
@@ -92,6 +110,8 @@ def load_processor(name: str, local: bool) -> Any:
     auto = AutoImageProcessor
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     images = auto.from_pretrained(name, local_files_only=local, backend="pil")
+    if per_crop and hasattr(images, "crop_to_patches") and hasattr(tokenizer, "context_image_token"):
+        return PlainProcessor(tokenizer, images, _template(name), tokenizer.context_image_token, per_crop)
     if not hasattr(images, "merge_size"):
         raise RetainError(f"the processor of {name!r} cannot be loaded: {reason}")
     token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
