@@ -14,7 +14,7 @@ from retain.adapters.bank import Mix
 from retain.adapters.lora import LoraSpec
 from retain.models import generate, hf
 from retain.models.hf import HFModel
-from test_llama import MIXES
+from test_decoder import MIXES
 
 LAYERED = Mix({"a": 1.0, "b": 0.5}, {1: {"b": 1.5}})
 

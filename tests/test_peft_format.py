@@ -31,6 +31,8 @@ def plain_logits(hf: Any, model: HFModel, batch: Any) -> torch.Tensor:
     if model.family.name == "idefics3":
         inputs["pixel_values"] = inputs["pixel_values"].flatten(0, 1)[None]
         inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].flatten(0, 1)[None]
+    dtype = next(hf.parameters()).dtype
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     with torch.no_grad():
         logits = hf(**inputs).logits
     chosen = torch.nn.functional.pad(batch.labels_BT[:, 1:], (0, 1), value=-100) != -100

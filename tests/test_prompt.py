@@ -14,7 +14,7 @@ from retain.adapters.kinds import KINDS
 from retain.adapters.lora import LoraSpec
 from retain.adapters.peft_format import load_peft, merge_into_base, save_peft
 from retain.adapters.prompt import PromptSpec, prompts_of, tokens_in_front
-from retain.models import llama
+from retain.models import decoder
 from retain.models.encode import Encoded
 from retain.models.hf import HFModel
 from retain.types import Example, RetainError
@@ -70,7 +70,7 @@ def test_prompts_equal_the_same_tokens_in_the_text(
     family, bos = case
     model, plain = prompted(family), tiny.model(family)
     if not fast:
-        monkeypatch.setattr(llama, "supports", lambda language: False)
+        monkeypatch.setattr(decoder, "supports", lambda language: False)
     elif not model.fast:
         pytest.skip("this family has the one path")
     examples, longer = tiny.examples(), written(plain, bos)

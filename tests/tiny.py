@@ -23,6 +23,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
+    Qwen2VLConfig,
     Qwen3VLConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -166,7 +167,7 @@ def qwen2_5_vl(seed: int = 0) -> tuple[Any, Any]:
     return _build(config, seed), PlainProcessor(tok, images, QWEN_TEMPLATE, "<|image_pad|>")
 
 
-def qwen3_vl(seed: int = 0) -> tuple[Any, Any]:
+def qwen3_vl(seed: int = 0, layers: int = 2) -> tuple[Any, Any]:
     """Qwen3-VL: DeepStack (the first decoder layer adds features of an earlier tower layer), interleaved positions."""
     special = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tok = tokenizer(special, "<|im_end|>")
@@ -178,7 +179,7 @@ def qwen3_vl(seed: int = 0) -> tuple[Any, Any]:
             "patch_size": 7, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
             "deepstack_visual_indexes": [1],
         },
-        text_config=_text(tok, rope_parameters=rope, head_dim=8),
+        text_config=_text(tok, rope_parameters=rope, head_dim=8, num_hidden_layers=layers),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
@@ -191,7 +192,32 @@ def qwen3_vl(seed: int = 0) -> tuple[Any, Any]:
     return _build(config, seed), PlainProcessor(tok, images, QWEN_TEMPLATE, "<|image_pad|>")
 
 
-def internvl(seed: int = 0) -> tuple[Any, Any]:
+def qwen2_vl(seed: int = 0) -> tuple[Any, Any]:
+    """Qwen2-VL: the decoder of Qwen2.5-VL behind an older tower."""
+    _, processor = qwen2_5_vl(seed)
+    tok = processor.tokenizer
+    config = Qwen2VLConfig(
+        vision_config={
+            "depth": 2, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2, "patch_size": 7,
+            "spatial_merge_size": 2, "temporal_patch_size": 2,
+        },
+        text_config=_text(
+            tok, rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+        ),
+        image_token_id=tok.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tok.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tok.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tok.convert_tokens_to_ids("<|vision_end|>"),
+    )  # fmt: skip
+    return _build(config, seed), processor
+
+
+def internvl3_5(seed: int = 0) -> tuple[Any, Any]:
+    """InternVL3.5: InternVL with Qwen3's decoder."""
+    return internvl(seed, text="qwen3", head_dim=8)
+
+
+def internvl(seed: int = 0, text: str = "qwen2", **more: Any) -> tuple[Any, Any]:
     """InternVL: its own ViT, pixel shuffle, Qwen2 text model, an image as several crops."""
     named = {
         "start_image_token": "<img>", "end_image_token": "</img>",
@@ -203,7 +229,7 @@ def internvl(seed: int = 0) -> tuple[Any, Any]:
             "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
             "image_size": [16, 16], "patch_size": [4, 4],
         },
-        text_config={"model_type": "qwen2", **_text(tok)},
+        text_config={"model_type": text, **_text(tok, **more)},
         image_token_id=tok.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
     )  # fmt: skip
     images = GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, min_patches=1, max_patches=4)
@@ -242,6 +268,8 @@ BUILDERS = {
     "idefics3": idefics3,
     "qwen3_vl": qwen3_vl,
     "internvl": internvl,
+    "qwen2_vl": qwen2_vl,
+    "internvl3_5": internvl3_5,
 }
 
 

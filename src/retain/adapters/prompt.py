@@ -68,10 +68,10 @@ class Places:
     real_BS: Tensor  # whether anything stands here
     n_B: Tensor  # prompt tokens of each row
 
-    def moved(self, at_BT: Tensor) -> Tensor:
-        """Which columns of the longer rows are those of the shorter ones that are marked: (B, S)."""
-        own_BS = (self.real_BS & ~self.prompt_BS).to(at_BT.device)
-        return at_BT.gather(1, self.old_BS.to(at_BT.device)) & own_BS
+    def moved(self, at_M: Tensor) -> Tensor:
+        """Flat places (M,) of tokens of the shorter rows as places of the longer ones, ascending."""
+        own_BS = self.real_BS & ~self.prompt_BS
+        return (own_BS & torch.isin(self.source_BS, at_M)).flatten().nonzero().squeeze(1)
 
 
 class Prompts(nn.Module):

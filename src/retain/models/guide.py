@@ -159,7 +159,9 @@ class _Clip:
 
 def _tower_width(hf: Any) -> int:
     vision, layers = hf.config.vision_config, getattr(hf.config, "vision_feature_layer", -1)
-    width = int(getattr(vision, "hidden_size", 0) or vision.embed_dim)
+    width = int(
+        getattr(vision, "embed_dim", 0) or vision.hidden_size
+    )  # Qwen2-VL's hidden_size is behind the merger
     return width * (len(layers) if isinstance(layers, list) else 1)
 
 

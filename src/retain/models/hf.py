@@ -28,7 +28,7 @@ from retain.adapters.bank import AdapterBank
 from retain.adapters.kinds import Spec, attach
 from retain.adapters.lora import LoraSpec
 from retain.adapters.prompt import Prompts, placed, prompts_of
-from retain.models import llama
+from retain.models import decoder
 from retain.models.cache import ByteLRU
 from retain.models.encode import Encoded, Encoder
 from retain.models.family import FAMILIES, Family, family_of
@@ -256,8 +256,8 @@ class HFModel:
 
     @property
     def fast(self) -> bool:
-        """Whether the language model runs through `retain.models.llama` instead of Hugging Face's forward."""
-        return self.family.features is not None and llama.supports(self.language)
+        """Whether the language model runs through `retain.models.decoder` instead of Hugging Face's forward."""
+        return self.family.features is not None and decoder.supports(self.language)
 
     def _hidden_at(self, batch: Batch, row_N: Tensor, column_N: Tensor) -> Tensor:
         """Last hidden states (N, D) at places of a right-padded batch, rows ascending; only there."""
@@ -265,18 +265,23 @@ class HFModel:
         place_N = torch.arange(len(row_N)) - (many_B.cumsum(0) - many_B)[row_N]
         at_BN = torch.zeros(len(batch), int(many_B.max()), dtype=torch.long)
         at_BN[row_N, place_N] = column_N
-        inputs = {k: v.to(self.device, non_blocking=True) for k, v in batch.inputs.items()}
-        embeds_BTD = self._embeddings(batch, inputs)
-        hidden_BND = llama.forward(self.language, embeds_BTD, at_BN=at_BN.to(self.device))
+        hidden_BND = self._short(batch, at_BN=at_BN.to(self.device))
         return hidden_BND[row_N.to(self.device), place_N.to(self.device)]
 
     def _last(self, batch: Batch, cache: Any) -> Tensor:
         """Hidden states (B, 1, D) of the last place of a left-padded batch; keys and values to the cache."""
+        return self._short(batch, at_BN=decoder.LAST, cache=cache)
+
+    def _short(self, batch: Batch, **more: Any) -> Tensor:
+        """Hidden states of `retain.models.decoder`."""
         inputs = {k: v.to(self.device, non_blocking=True) for k, v in batch.inputs.items()}
-        embeds_BTD = self._embeddings(batch, inputs)
-        padded = {"mask_BS": inputs["attention_mask"], "positions_BT": inputs["position_ids"]}
-        more = padded if batch.meta["padded"] else {}
-        return llama.forward(self.language, embeds_BTD, cache=cache, at_BN=llama.LAST, **more)
+        embeds_BTD, deep, at_M = self._embedded(batch, inputs)
+        padded = batch.meta["left"] and batch.meta["padded"]  # on the right nothing real can see the padding
+        if padded:
+            more["mask_BS"] = inputs["attention_mask"]
+        if padded or self.family.grid_rope:
+            more["positions_BT"] = inputs["position_ids"]
+        return decoder.forward(self.language, embeds_BTD, deep=deep, deep_at_M=at_M, **more)
 
     def _hidden(self, batch: Batch, cache: Any = None) -> Tensor:
         """Last hidden states (B, T, D) of the language model."""
@@ -296,7 +301,12 @@ class HFModel:
             }
             out = self.hf.model(input_ids=inputs["input_ids"], **pixels, **call)
         else:
-            out = self.language(**self._embedded(batch, inputs), **call)
+            embeds_BTD, deep, at_M = self._embedded(batch, inputs)
+            if deep:
+                at_BT = torch.zeros(embeds_BTD.shape[:2], dtype=torch.bool, device=self.device)
+                at_BT.view(-1)[at_M] = True
+                call |= {"visual_pos_masks": at_BT, "deepstack_visual_embeds": deep}
+            out = self.language(inputs_embeds=embeds_BTD, **call)
         hidden: Tensor = out.last_hidden_state
         return hidden
 
@@ -323,32 +333,24 @@ class HFModel:
                 hook.remove()
         return torch.stack(kept)
 
-    def _embeddings(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Token embeddings with the projected image features, and prompts, in their places: (B, T, D)."""
-        embeds: Tensor = self._embedded(batch, inputs)["inputs_embeds"]
-        return embeds
+    def _embedded(self, batch: Batch, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Token embeddings with the projected image features, and prompts, in their places: (B, T, D).
 
-    def _embedded(self, batch: Batch, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the language model gets in place of token ids: embeddings, and where early layers add image
-        features of their own, those and their places."""
+        Then the features (M, D) that the first layers add on their own, and the flat places of image tokens (M,).
+        """
         embeds_BTD: Tensor = self.embed(inputs["input_ids"])
-        places, D = batch.meta.get("places"), embeds_BTD.shape[-1]
-        deep: dict[str, Any] = {}
+        D, places, at_M = embeds_BTD.shape[-1], batch.meta.get("places"), batch.meta["image_index"]
+        deep: list[Tensor] = []
         if batch.meta["images"]:
             features = self._frozen_features(batch) if self.frozen_tower else self._live_features(inputs)
             assert self.family.project is not None
-            image_MD, *more = self.family.project(self.hf, features).to(embeds_BTD.dtype).split(D, dim=-1)
-            index = batch.meta["image_index"].to(self.device)
-            embeds_BTD = embeds_BTD.flatten(0, 1).index_copy(0, index, image_MD).view_as(embeds_BTD)
-            if more:
-                at_BT = torch.zeros(embeds_BTD.shape[:2], dtype=torch.bool, device=self.device)
-                at_BT.view(-1)[index] = True
-                deep = {"visual_pos_masks": at_BT, "deepstack_visual_embeds": more}
+            image_MD, *deep = self.family.project(self.hf, features).to(embeds_BTD.dtype).split(D, dim=-1)
+            flat = embeds_BTD.flatten(0, 1).index_copy(0, at_M.to(self.device), image_MD)
+            embeds_BTD = flat.view_as(embeds_BTD)
         if self.prompts and places:
             embeds_BTD = self.prompts.fill(embeds_BTD, places)
-            if deep:
-                deep["visual_pos_masks"] = places.moved(deep["visual_pos_masks"])
-        return {"inputs_embeds": embeds_BTD, **deep}
+            at_M = places.moved(at_M) if deep else at_M
+        return embeds_BTD, deep, at_M.to(self.device)
 
     def _live_features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         assert self.family.features is not None
@@ -435,7 +437,7 @@ class HFModel:
         with self.autocast():
             if torch.is_autocast_enabled(self.device.type):
                 like = like[:0].to(torch.get_autocast_dtype(self.device.type))
-        return llama.Keys.empty(self.language, rows, room, like)
+        return decoder.Keys.empty(self.language, rows, room, like)
 
     def prefill(self, batch: Batch, cache: Any) -> Tensor:
         """Run the prompts into the cache; logits of the next token (B, V)."""
@@ -472,7 +474,7 @@ class HFModel:
         with self.autocast():
             if self.fast:
                 embeds = self.embed(token_B[:, None])
-                hidden = llama.forward(
+                hidden = decoder.forward(
                     self.language, embeds, mask_BS=mask_BS, positions_BT=positions, cache=cache
                 )
                 return next_logits(hidden, self.head)

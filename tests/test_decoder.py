@@ -11,7 +11,8 @@ import tiny
 from retain.adapters.bank import Mix
 from retain.adapters.fused import _mask, together
 from retain.adapters.lora import LoraSpec
-from retain.models import llama
+from retain.models import decoder
+from retain.models.hf import HFModel
 
 MIXES = {
     "one": Mix({"a": 1.0}),
@@ -35,19 +36,27 @@ def step(model: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("family", ["llava", "idefics3"])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "qwen2_vl", "internvl3_5"])
 def test_equals_hugging_face(family: str, mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.model(family)
+    same(tiny.model(family), mix, monkeypatch)
+
+
+def test_image_features_behind_the_last_layer_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer, and DeepStack adds behind it: it cannot be run at the answers only."""
+    same(HFModel(*tiny.qwen3_vl(layers=1), tiny.SPEC), "two", monkeypatch)
+
+
+def same(model: HFModel, mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.fill(model.adapters, "a", "b")
     model.adapters.mix = MIXES[mix]
     assert model.fast
     ours = step(model)
-    monkeypatch.setattr(llama, "supports", lambda language: False)
+    monkeypatch.setattr(decoder, "supports", lambda language: False)
     assert not model.fast
     theirs = step(model)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)  # fp32, sums in another order
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
-    assert ours[2].keys() == theirs[2].keys()
+    assert ours[2].keys() == theirs[2].keys() and any(g.any() for g in ours[2].values()) == bool(ours[2])
     for key, grad in ours[2].items():
         torch.testing.assert_close(
             grad, theirs[2][key], rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"

@@ -1,10 +1,11 @@
-"""Hugging Face's Llama decoder, run with the same modules in fewer passes over memory.
+"""Hugging Face's decoders of the Llama kind, run with the same modules in fewer passes over memory.
 
-The arithmetic is `LlamaModel.forward`'s (transformers 5.x); only the order of sums differs. Linear layers
+The arithmetic is that of the models in `DECODERS` (transformers 5.x); only the order of sums differs. Linear layers
 that read one tensor (q, k, v; gate, up) run together, norm and rotary embedding are one autograd node each,
 no mask is built where nothing is padded, and in the last layer queries, output projection and MLP run only at
-the positions whose hidden state is asked for. LLaVA-1.5 and SmolVLM/Idefics3 have this decoder; every other
-family runs as Hugging Face wrote it.
+the positions whose hidden state is asked for. Qwen's three-dimensional positions are its own rotary module's
+affair, Qwen3's norms of queries and keys are applied where they are, and image features that early layers add
+(DeepStack) are added. Every other decoder runs as Hugging Face wrote it.
 """
 
 # B batch, T tokens, S tokens so far, D width, H heads, K key heads, N positions asked for, E head width
@@ -21,17 +22,26 @@ from torch.nn import functional as F
 
 from retain.adapters.fused import together
 
+DECODERS = {
+    "LlamaModel",  # LLaVA-1.5, SmolVLM/Idefics3
+    "Qwen2Model",  # InternVL3
+    "Qwen3Model",  # InternVL3.5
+    "Qwen2VLTextModel",
+    "Qwen2_5_VLTextModel",
+    "Qwen3VLTextModel",
+}
+
 
 def supports(language: Any) -> bool:
-    """Whether it is a stock Llama decoder with SDPA, no attention dropout and no gradient checkpointing."""
-    from transformers.models.llama.modeling_llama import LlamaModel
-
-    config = language.config
+    """Whether it is one of DECODERS with SDPA over all tokens, no attention dropout and no gradient checkpointing."""
+    config, kind = language.config, type(language)
     return (
-        type(language) is LlamaModel
+        kind.__name__ in DECODERS
+        and kind.__module__.startswith("transformers.models.")
         and config._attn_implementation == "sdpa"
         and not config.attention_dropout
         and config.hidden_act == "silu"
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and not any(layer.gradient_checkpointing for layer in language.layers)
     )
 
@@ -85,10 +95,13 @@ def forward(
     positions_BT: Tensor | None = None,
     cache: Any = None,
     at_BN: Tensor | slice | None = None,
+    deep: Sequence[Tensor] = (),
+    deep_at_M: Tensor | None = None,
 ) -> Tensor:
     """Last hidden states (B, T, D), or (B, N, D) at `at_BN` only.
 
-    `mask_BS` is needed where a row is padded on the left; right padding follows every real token.
+    `mask_BS` is needed where a row is padded on the left; right padding follows every real token. Positions are
+    (B, T), or (3, B, T) where the model's are. `deep[i]` (M, D) is added behind layer i at the flat places `deep_at_M`.
     """
     B, T, _ = embeds_BTD.shape
     before = cache.get_seq_length() if cache is not None else 0
@@ -99,8 +112,14 @@ def forward(
     hidden = embeds_BTD
     layers = language.layers[: language.config.num_hidden_layers]
     for i, layer in enumerate(layers):
-        at = at_BN if i + 1 == len(layers) else None
-        hidden = _layer(layer, hidden, cos, sin, mask, cache, at, T > 1)
+        last = i + 1 == len(layers)
+        short = last and i >= len(deep)  # where image features are added behind it, a layer runs whole
+        hidden = _layer(layer, hidden, cos, sin, mask, cache, at_BN if short else None, T > 1)
+        if i < len(deep):
+            assert deep_at_M is not None
+            flat = hidden.flatten(0, 1)
+            hidden = flat.index_add(0, deep_at_M, deep[i].to(flat.dtype)).view_as(hidden)
+            hidden = _rows(hidden, at_BN) if last and at_BN is not None else hidden
     return rms_norm(language.norm, hidden)
 
 
@@ -130,8 +149,10 @@ def _layer(
         elif isinstance(at_BN, Tensor):
             mask = torch.arange(x.shape[1], device=x.device) <= at_BN[:, None, :, None]
         causal = False
-    q_BHTE = rotate(q.view(B, -1, q.shape[-1] // E, E), cos_q, sin_q).transpose(1, 2)
-    k_BKTE = rotate(k.view(B, -1, k.shape[-1] // E, E), cos, sin).transpose(1, 2)
+    q, k = q.view(B, -1, q.shape[-1] // E, E), k.view(B, -1, k.shape[-1] // E, E)
+    if hasattr(attn, "q_norm"):
+        q, k = rms_norm(attn.q_norm, q), rms_norm(attn.k_norm, k)
+    q_BHTE, k_BKTE = rotate(q, cos_q, sin_q).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
     v_BKTE = v.view(B, -1, v.shape[-1] // E, E).transpose(1, 2)
     if cache is not None:
         k_BKTE, v_BKTE = cache.update(k_BKTE, v_BKTE, attn.layer_idx)
