@@ -34,7 +34,7 @@ class Optim:
     `steps` fixes the number of optimizer steps per task; otherwise `epochs` does. `batch_size` is samples per
     step, all processes and `accumulate` micro-batches together. `projector_lr` None means `lr`.
     `max_grad_norm` 0 is off. The warm-up counts from zero as in transformers: with `warmup` > 0 the first
-    step has learning rate 0.
+    step has learning rate 0, unless it is the only one.
     """
 
     lr: float = 2e-4
@@ -76,7 +76,7 @@ class Optim:
 
     def rate(self, step: int, n_steps: int) -> float:
         """The factor on the learning rate at a step, counted from 0."""
-        warm = math.ceil(self.warmup * n_steps)
+        warm = min(math.ceil(self.warmup * n_steps), n_steps - 1)
         if step < warm:
             return step / warm
         if self.schedule == "constant":
@@ -174,20 +174,7 @@ def fit(
             ctx.step = step
             _seed_dropout(ctx, engine.rank, model.device)  # of the step: a resume needs no generator state
             optimizer.zero_grad(set_to_none=True)  # here, not at the end: after_step reads .grad
-            micros = _micros(model, examples, order[step], optim, engine)
-            mixes = [method.batch_mix(ctx, b) or bank.mix for b in micros]
-            n_answer, n_tokens = engine.total(sum(b.n_answer for b in micros), _tokens(bank, micros, mixes))
-            loss = torch.zeros(2, device=model.device)
-            for batch, mix in zip(micros, mixes, strict=True):
-                with bank.using(mix):  # the backward too: checkpointed layers run again in it
-                    with autocast(model.device, optim.precision):
-                        out = model(batch)
-                        term = torch.as_tensor(
-                            answer(method, "loss", method.loss(ctx, batch, out)), device=model.device
-                        )
-                    shares = torch.stack([out.loss, term]) * (batch.n_answer / n_answer)
-                    shares.sum().backward()  # type: ignore[no-untyped-call]
-                loss += shares.detach()
+            loss, n_tokens = _backward(model, method, ctx, examples, order[step], optim, engine)
             losses.append(loss)
             engine.sum_grads(parameters)
             if optim.max_grad_norm:
@@ -198,7 +185,7 @@ def fit(
             optimizer.step()
             method.after_step(ctx)
             stats.steps, stats.samples = step + 1, stats.samples + len(order[step])
-            stats.tokens += int(n_tokens)
+            stats.tokens += n_tokens
             save = every and stats.steps % every == 0 and stats.steps < n_steps
             if save or stats.steps == n_steps or stats.steps % optim.log_every == 0:
                 stats.last_loss = _flush(losses, ctx, engine, optimizer)  # first: saved steps are finite
@@ -315,6 +302,32 @@ def _training(model: Model, optim: Optim) -> Iterator[None]:
             if optim.grad_checkpointing:
                 hf.gradient_checkpointing_disable()  # type: ignore[union-attr]
             model.train(False)
+
+
+def _backward(
+    model: Model,
+    method: Method,
+    ctx: Context,
+    examples: Examples,
+    rows: list[int],
+    optim: Optim,
+    engine: Engine,
+) -> tuple[Tensor, int]:
+    """The gradients of a step; this process's part of its answer loss and the method's term (2,), and its tokens."""
+    micros, bank = _micros(model, examples, rows, optim, engine), model.adapters
+    mixes = [method.batch_mix(ctx, b) or bank.mix for b in micros]
+    n_answer, n_tokens = engine.total(sum(b.n_answer for b in micros), _tokens(bank, micros, mixes))
+    loss = torch.zeros(2, device=model.device)
+    for batch, mix in zip(micros, mixes, strict=True):
+        with bank.using(mix):  # the backward too: checkpointed layers run again in it
+            with autocast(model.device, optim.precision):
+                out = model(batch)
+                term = answer(method, "loss", method.loss(ctx, batch, out))
+                both = torch.stack([out.loss, torch.as_tensor(term, device=model.device)])
+            shares = both * (batch.n_answer / n_answer)
+            shares.sum().backward()  # type: ignore[no-untyped-call]
+        loss += shares.detach()
+    return loss, int(n_tokens)
 
 
 def _micros(model: Model, examples: Examples, rows: list[int], optim: Optim, engine: Engine) -> list[Batch]:
