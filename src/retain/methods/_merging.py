@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from retain.adapters.bank import AdapterBank, Mix
+from retain.adapters.bank import AdapterBank
 from retain.adapters.lora import LoraLinear
 from retain.merge.mergers import Merged, merger
 from retain.merge.parts import Part, chunks
-from retain.method import Context
-from retain.methods._parts import slug, trained_names
+from retain.methods._parts import trained_names
 from retain.types import RetainError
 
 
@@ -55,16 +54,6 @@ def seeded(name: str, params: Mapping[str, Any], rng: Generator) -> dict[str, An
     if "seed" not in merger(name).params or "seed" in params:
         return dict(params)
     return {**params, "seed": int(torch.randint(1 << 30, (), generator=rng))}
-
-
-def alone(ctx: Context, adapter_of: Mapping[str, str], who: str) -> tuple[dict[str, str], Mix]:
-    """`adapt` of methods that tune each task alone: the adapters by task, the stage's among them, which trains."""
-    bank, task, names = ctx.model.adapters, ctx.task.name, dict(adapter_of)
-    if task not in names:
-        names[task] = f"{len(names) + 1:02d}-{slug(task)}"
-        bank.add(names[task], ctx.rng(who))
-    bank.train_only(names[task])
-    return names, Mix({names[task]: 1.0})
 
 
 def store(bank: AdapterBank, prefix: str, parts: Mapping[str, Part], rng: Generator) -> list[str]:

@@ -7,7 +7,7 @@ sample.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,18 @@ from retain.types import Guide, RetainError
 def slug(text: str) -> str:
     """A text as an adapter name: letters, digits, '_' and '-' only."""
     return re.sub(r"[^\w-]+", "-", text).strip("-") or "task"
+
+
+def own_adapter(
+    ctx: Context, adapter_of: Mapping[str, str], who: str, *, like: str | None = None
+) -> dict[str, str]:
+    """Adapters by task with one for the task at hand among them, new (or a copy of `like`) if need be; it alone trains."""
+    bank, task, names = ctx.model.adapters, ctx.task.name, dict(adapter_of)
+    if task not in names:
+        names[task] = f"{len(names) + 1:02d}-{slug(task)}"
+        bank.add(names[task], ctx.rng(who), like=like)
+    bank.train_only(names[task])
+    return names
 
 
 def trained_names(bank: AdapterBank) -> list[str]:

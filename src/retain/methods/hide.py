@@ -40,8 +40,8 @@ from retain.methods._parts import (
     check_guide,
     check_language_only,
     mean_features,
+    own_adapter,
     similarity,
-    slug,
     take,
 )
 from retain.models.base import Model
@@ -114,15 +114,12 @@ class Hide(Method):
         check_guide(model, stream, self.name)
 
     def adapt(self, ctx: Context) -> Mix:
-        bank, task = ctx.model.adapters, ctx.task.name
-        if task not in self.adapter_of:
-            name = f"{len(self.adapter_of) + 1:02d}-{slug(task)}"
-            bank.add(name, ctx.rng("hide"))
-            if self.adapter_of:
-                carry_projector(bank, self._newest, name)
-            self.adapter_of = {**self.adapter_of, task: name}
-        bank.train_only(self.adapter_of[task])
-        return Mix({self.adapter_of[task]: 1.0})
+        before = list(self.adapter_of.values())
+        self.adapter_of = own_adapter(ctx, self.adapter_of, "hide")
+        name = self.adapter_of[ctx.task.name]
+        if before and name not in before:
+            carry_projector(ctx.model.adapters, before[-1], name)
+        return Mix({name: 1.0})
 
     def end_task(self, ctx: Context) -> None:
         name, bank, n = self.adapter_of[ctx.task.name], ctx.model.adapters, len(ctx.task.train)

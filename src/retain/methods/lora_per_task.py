@@ -26,7 +26,7 @@ from torch import Tensor
 
 from retain.adapters.bank import Mix
 from retain.method import Context, Method, register
-from retain.methods._parts import check_guide, mean_features, one_of, similarity, slug, take
+from retain.methods._parts import check_guide, mean_features, one_of, own_adapter, similarity, take
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import Batch, Guide, RetainError
@@ -67,14 +67,9 @@ class LoraPerTask(Method):
             check_guide(model, stream, self.name)
 
     def adapt(self, ctx: Context) -> Mix:
-        bank, task = ctx.model.adapters, ctx.task.name
-        if task not in self.adapter_of:
-            name = f"{len(self.adapter_of) + 1:02d}-{slug(task)}"
-            like = next(reversed(self.adapter_of.values()), None) if self.init == "previous" else None
-            bank.add(name, ctx.rng("lora_per_task"), like=like)
-            self.adapter_of = {**self.adapter_of, task: name}
-        bank.train_only(self.adapter_of[task])
-        return Mix({self.adapter_of[task]: 1.0})
+        like = next(reversed(self.adapter_of.values()), None) if self.init == "previous" else None
+        self.adapter_of = own_adapter(ctx, self.adapter_of, "lora_per_task", like=like)
+        return Mix({self.adapter_of[ctx.task.name]: 1.0})
 
     def end_task(self, ctx: Context) -> None:
         if self.router != "guide":

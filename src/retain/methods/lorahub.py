@@ -32,7 +32,7 @@ from retain.adapters.bank import Mix
 from retain.merge.parts import split
 from retain.merge.search import lorahub
 from retain.method import Context, Method, register
-from retain.methods._parts import take
+from retain.methods._parts import own_adapter, take
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import Example, RetainError
@@ -70,8 +70,8 @@ class LoraHub(Method):
         merging.check_sites(model.adapters, "lorahub")
 
     def adapt(self, ctx: Context) -> Mix:
-        self.adapter_of, mix = merging.alone(ctx, self.adapter_of, "lorahub")
-        return mix
+        self.adapter_of = own_adapter(ctx, self.adapter_of, "lorahub")
+        return Mix({self.adapter_of[ctx.task.name]: 1.0})
 
     @torch.no_grad()
     def end_task(self, ctx: Context) -> None:

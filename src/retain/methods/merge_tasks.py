@@ -22,6 +22,7 @@ import retain.methods._merging as merging
 from retain.adapters.bank import Mix
 from retain.merge.mergers import merger
 from retain.method import Context, Method, register
+from retain.methods._parts import own_adapter
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import RetainError
@@ -61,8 +62,8 @@ class MergeTasks(Method):
             raise RetainError(f"merge_tasks: {of.name} takes {of.exactly} adapters, the stream has {n} tasks")
 
     def adapt(self, ctx: Context) -> Mix:
-        self.adapter_of, mix = merging.alone(ctx, self.adapter_of, "merge_tasks")
-        return mix
+        self.adapter_of = own_adapter(ctx, self.adapter_of, "merge_tasks")
+        return Mix({self.adapter_of[ctx.task.name]: 1.0})
 
     @torch.no_grad()
     def end_task(self, ctx: Context) -> None:

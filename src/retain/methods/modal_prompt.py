@@ -42,7 +42,7 @@ from torch.nn import functional as F
 from retain.adapters.bank import Mix
 from retain.adapters.prompt import SITE, prompts_of
 from retain.method import Context, Method, register
-from retain.methods._parts import slug
+from retain.methods._parts import own_adapter
 from retain.models.base import Model
 from retain.types import Batch, Guide, Output, RetainError
 
@@ -106,13 +106,8 @@ class ModalPrompt(Method):
             raise RetainError("modal_prompt: image_weight in 0..1 and prototype_weight >= 0 are needed")
 
     def adapt(self, ctx: Context) -> Mix:
-        bank, task = ctx.model.adapters, ctx.task.name
-        if task not in self.prompt_of:
-            name = f"{len(self.prompt_of) + 1:02d}-{slug(task)}"
-            bank.add(name, ctx.rng("modal_prompt"))
-            self.prompt_of = {**self.prompt_of, task: name}
-        bank.train_only(self.prompt_of[task])
-        return Mix({self.prompt_of[task]: 1.0})
+        self.prompt_of = own_adapter(ctx, self.prompt_of, "modal_prompt")
+        return Mix({self.prompt_of[ctx.task.name]: 1.0})
 
     @torch.no_grad()
     def batch_mix(self, ctx: Context, batch: Batch) -> Mix | None:

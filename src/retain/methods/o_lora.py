@@ -29,7 +29,7 @@ from torch import Tensor
 
 from retain.adapters.bank import AdapterBank, Mix
 from retain.method import FULL_PARAMS, Context, Method, register
-from retain.methods._parts import slug
+from retain.methods._parts import own_adapter
 from retain.types import Batch, Output, RetainError
 
 
@@ -84,13 +84,8 @@ class OLora(Method):
             raise RetainError(f"o_lora: weight >= 0 and l2_weight >= 0 are needed, not {told}")
 
     def adapt(self, ctx: Context) -> Mix:
-        bank, task = ctx.model.adapters, ctx.task.name
-        if task not in self.adapter_of:
-            name = f"{len(self.adapter_of) + 1:02d}-{slug(task)}"
-            bank.add(name, ctx.rng("o_lora"))
-            self.adapter_of = {**self.adapter_of, task: name}
-        current = self.adapter_of[task]
-        bank.train_only(current)
+        self.adapter_of = own_adapter(ctx, self.adapter_of, "o_lora")
+        current = self.adapter_of[ctx.task.name]
         return Mix({current: 1.0}) if self.forward == "current" else self._all()
 
     def begin_task(self, ctx: Context) -> None:
