@@ -37,9 +37,6 @@ USED = (
     0.35  # share of a large matrix product's speed that training reaches; measured 0.3 to 0.5 on small models
 )
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-ACTIVATION = (
-    34  # bytes per token, layer and hidden unit at 16 bits (Korthikanti et al. 2022, arXiv:2205.05198, eq. 1)
-)
 
 Rows = list[list[str]]
 
@@ -54,6 +51,8 @@ class Shape:
     layers: int
     hidden: int
     vocabulary: int
+    kept: int  # numbers that a decoder layer keeps of a token for the backward pass
+    dropped: int  # and those that dropout adds
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class Stage:
     samples: int
     steps: int
     tokens: float  # mean per sample
+    answer: float  # of which are predicted
     train_flops: float
     eval_flops: float  # one row of the matrix after this stage
 
@@ -99,16 +99,17 @@ def make_plan(recipe: Recipe, runs: Path = Path("runs")) -> RunPlan:
     shape = _shape(hf, recipe)
 
     def row(front: int) -> float:
-        return sum(_eval_flops(shape, task, lengths[task.name] + front) for task in stream.all)
+        return sum(_eval_flops(shape, task, lengths[task.name][0] + front) for task in stream.all)
 
     stages = tuple(
-        _stage(shape, task, lengths[task.name] + front, recipe.optim, row(front))
+        _stage(shape, task, front, *lengths[task.name], recipe.optim, row(front))
         for i, task in enumerate(method.stages(stream), 1)
         for front in [recipe.adapter.in_front(i)]  # soft prompts before every sample
     )
     longest = max((s.tokens for s in stages), default=0.0)
+    answer = max((s.answer for s in stages), default=0.0)
     speed, origin = _speed(recipe, runs)
-    return RunPlan(recipe, shape, stages, row(0), _memory(shape, recipe, longest), speed, origin)
+    return RunPlan(recipe, shape, stages, row(0), memory(shape, recipe, longest, answer), speed, origin)
 
 
 # -- the model without its weights -----------------------------------------------------------------------
@@ -121,7 +122,7 @@ def _skeleton(recipe: Recipe) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(name, local_files_only=local)
         with torch.device("meta"):
             hf = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
-        return hf, load_processor(name, local)
+        return hf, load_processor(name, local, config)
     except (OSError, ValueError) as error:
         raise RetainError(f"{recipe.path}: model {name!r} cannot be planned: {error}") from error
 
@@ -149,8 +150,16 @@ def _shape(hf: Any, recipe: Recipe) -> Shape:
     )  # fmt: skip
     bank.add("plan", torch.Generator())
     trainable = sum(p.numel() for p in bank.parameters("plan").values())
-    layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
-    return Shape(parameters, trainable, passed, layers, hidden, int(text.vocab_size))
+    layers, D, inner = int(text.num_hidden_layers), int(text.hidden_size), int(text.intermediate_size)
+    heads = int(text.num_attention_heads)
+    E = int(getattr(text, "head_dim", None) or D // heads)
+    queries, keys = heads * E, int(getattr(text, "num_key_value_heads", None) or heads) * E
+    # two norms' inputs and outputs; q, attention's output; k, v; gate, silu(gate), up, their product
+    kept = 4 * D + 2 * queries + 2 * keys + 4 * inner
+    dropped = (
+        2 * D + 2 * queries + inner
+    )  # a mask per input of a group of layers, attention's output once more
+    return Shape(parameters, trainable, passed, layers, D, int(text.vocab_size), kept, dropped)
 
 
 def _guide(recipe: Recipe) -> GuideSource:
@@ -166,18 +175,22 @@ def _size(module: nn.Module) -> int:
 # -- work ------------------------------------------------------------------------------------------------
 
 
-def _length(encode: Encoder, task: Task) -> float:
-    """Mean tokens of a sample, image tokens included, over some examples spread over the split."""
+def _length(encode: Encoder, task: Task) -> tuple[float, float]:
+    """Mean tokens of a sample, image tokens included, and of its answer, over some examples spread over the split."""
     pool: Sequence[Example] = task.train or task.test
     step = max(1, len(pool) // SAMPLED)
-    return statistics.fmean(len(encode(e)) for e in pool[::step][:SAMPLED])
+    encoded = [encode(e) for e in pool[::step][:SAMPLED]]
+    return statistics.fmean(map(len, encoded)), statistics.fmean(len(e.answer) for e in encoded)
 
 
-def _stage(shape: Shape, task: Task, tokens: float, optim: Optim, row: float) -> Stage:
+def _stage(
+    shape: Shape, task: Task, front: int, tokens: float, answer: float, optim: Optim, row: float
+) -> Stage:
     steps = optim.n_steps(len(task.train))
     samples = steps * optim.batch_size if optim.steps is not None else round(len(task.train) * optim.epochs)
     per_token = 4 * shape.language + 6 * shape.trainable  # as the budget of a run counts (retain.continual)
-    return Stage(task.name, samples, steps, tokens, per_token * tokens * samples, row)
+    whole = tokens + front
+    return Stage(task.name, samples, steps, whole, answer, per_token * whole * samples, row)
 
 
 def _eval_flops(shape: Shape, task: Task, tokens: float) -> float:
@@ -185,15 +198,23 @@ def _eval_flops(shape: Shape, task: Task, tokens: float) -> float:
     return 2 * shape.language * len(task.test) * (tokens + task.max_new_tokens)
 
 
-def _memory(shape: Shape, recipe: Recipe, tokens: float) -> float:
-    """Weights; adapters with gradient and two moments in fp32; activations of one micro-batch."""
+def memory(shape: Shape, recipe: Recipe, tokens: float, answer: float) -> float:
+    """Bytes: weights; adapters with gradient and two moments in fp32; what a micro-batch keeps for its backward.
+
+    The latter as `retain.models.decoder` runs it, within a quarter of what is measured on the pocket (tests/test_plan.py); a
+    family that Hugging Face runs whole keeps more.
+    """
     optim, width = recipe.optim, BYTES[recipe.model.dtype]
     compute = 2 if optim.precision == "bf16" else width
     micro = optim.batch_size / optim.accumulate
-    kept = 2.0 if optim.grad_checkpointing else float(ACTIVATION)
-    activations = kept * compute / 2 * micro * tokens * shape.layers * shape.hidden
-    logits = 3 * 4 * micro * min(tokens, 32) * shape.vocabulary
-    return shape.parameters * width + 16 * shape.trainable + activations + logits
+    layer = shape.kept + (shape.dropped if getattr(recipe.adapter, "dropout", 0) else 0)
+    if compute < width:  # under autocast the inputs of norms stay as wide as the weights
+        layer += 2 * shape.hidden
+    deep = float(shape.layers * layer)
+    if optim.grad_checkpointing:  # every layer's input; one layer run again, with gradients
+        deep = shape.layers * shape.hidden + 1.25 * layer
+    logits = micro * answer * shape.vocabulary * (compute + 3 * 4)
+    return shape.parameters * width + 16 * shape.trainable + micro * tokens * deep * compute + logits
 
 
 def _speed(recipe: Recipe, runs: Path) -> tuple[float, str]:
@@ -291,7 +312,7 @@ def total_rows(plan: RunPlan) -> Rows:
         [
             "memory (estimate)",
             size(plan.memory),
-            "weights + 16 bytes per trainable + activations of a micro-batch; Python itself besides",
+            "weights + 16 bytes per trainable + activations of a micro-batch; Python, cached images besides",
         ],
         [
             "FLOPs",

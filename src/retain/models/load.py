@@ -88,17 +88,14 @@ def load_pretrained(
         auto: Any = AutoModelForImageTextToText
         config = AutoConfig.from_pretrained(name, local_files_only=local)
         model = auto.from_pretrained(name, config=config, dtype=dtype, local_files_only=local)
-        processor = load_processor(name, local, int(getattr(config, "image_seq_length", 0) or 0))
+        processor = load_processor(name, local, config)
     except (OSError, ValueError) as error:
         raise RetainError(f"model {name!r} cannot be loaded: {error}") from error
     return model.to(device).eval(), processor
 
 
-def load_processor(name: str, local: bool, per_crop: int = 0) -> Any:
-    """AutoProcessor; where its class needs torchvision for videos, tokenizer and Pillow image processor.
-
-    `per_crop` is the config's `image_seq_length`: image tokens of a crop.
-    """
+def load_processor(name: str, local: bool, config: Any = None) -> Any:
+    """AutoProcessor; where its class needs torchvision for videos, tokenizer and Pillow image processor."""
     reason: object = "AutoProcessor finds no tokenizer with an image processor"
     auto: Any = AutoProcessor
     try:
@@ -110,6 +107,7 @@ def load_processor(name: str, local: bool, per_crop: int = 0) -> Any:
     auto = AutoImageProcessor
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     images = auto.from_pretrained(name, local_files_only=local, backend="pil")
+    per_crop = int(getattr(config, "image_seq_length", 0) or 0)
     if per_crop and hasattr(images, "crop_to_patches") and hasattr(tokenizer, "context_image_token"):
         return PlainProcessor(tokenizer, images, _template(name), tokenizer.context_image_token, per_crop)
     if not hasattr(images, "merge_size"):
