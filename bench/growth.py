@@ -37,7 +37,7 @@ OPTIONS: dict[str, Any] = {
 }
 KIND_OPTIONS: dict[str, Any] = {
     "moe": {"rank": 4, "experts": 2},
-    "prompt": {"tokens": 2},
+    "prompt": {"tokens": 2, "at_once": 2},  # as many before a sample of task 2 as of task 50
     "lora": {"rank": 4},
 }
 Kept = tuple[dict[str, dict[str, torch.Tensor]], Any, dict[str, Any]]

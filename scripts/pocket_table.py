@@ -2,6 +2,7 @@
 
     python scripts/pocket_table.py                      # run what is missing, then write docs/results.md
     python scripts/pocket_table.py --only llaca ewc --seeds 0 1
+    python scripts/pocket_table.py eval.split=valid --only llaca --folder runs/valid    # overrides come first
     python scripts/pocket_table.py --all --orders default reversed    # every recipe, two orders of the tasks
     python scripts/pocket_table.py --write-only         # only write the tables from the runs that are there
 
@@ -110,6 +111,8 @@ def main() -> int:
     parser.add_argument("--write-only", action="store_true")
     parser.add_argument("overrides", nargs="*", help="key=value, as for retain run")
     args = parser.parse_args()
+    if wrong := sorted(set(args.only) - set(recipes())):
+        parser.error(f"--only: no recipe {wrong}; choose from {recipes()}, and write key=value before --only")
     failed = 0
     if not args.write_only:
         names = recipes() if args.all else args.only
