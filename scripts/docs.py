@@ -1,9 +1,11 @@
-"""Fills the generated parts of README.md: the method table, the annotated tree, the results, and --help.
+"""Fills the generated parts of README.md (the method table, the annotated tree, the results, and --help), and the row
+`Ours` of every method's card.
 
     python scripts/docs.py            # rewrite
     python scripts/docs.py --check    # exit 1 where a part is out of date (make check)
 
-A part stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`.
+A part stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. A card's numbers are those of docs/results.md for the
+recipes that the card names.
 """
 
 from __future__ import annotations
@@ -76,6 +78,37 @@ def usage() -> str:
 PARTS: dict[str, Callable[[], str]] = {"methods": methods, "tree": tree, "results": results, "usage": usage}
 
 
+def measured() -> dict[str, str]:
+    """Recipe to its end and its forgetting in docs/results.md, the tasks in their default order."""
+    out: dict[str, str] = {}
+    section, columns = "", list[str]()
+    for line in (ROOT / "docs" / "results.md").read_text(encoding="utf8").splitlines():
+        if line.startswith("## "):
+            section = line
+        elif line in ("<!-- table -->", "<!-- /table -->"):
+            columns = []
+        elif line.startswith("|") and "Order" not in section:
+            cells = [c.strip() for c in line.strip("|").split("|")]
+            if cells[0] == "Method" and "Last" in cells:
+                columns = cells
+            elif columns and len(cells) == len(columns) and "---" not in cells[1]:
+                row = dict(zip(columns, cells, strict=True))
+                seeds = row["Seeds"] + (" seed" if row["Seeds"] == "1" else " seeds")
+                forgetting = "" if row["Forgetting"] == "–" else f", forgetting {row['Forgetting']}"
+                if row["Last"] != "–":
+                    out.setdefault(row["Method"], f"Last {row['Last']}{forgetting} ({seeds})")
+    return out
+
+
+def card(text: str, numbers: dict[str, str]) -> str:
+    """A card with its row `Ours` made anew."""
+    recipe = re.search(r"^\| Recipe \|.*$", text, re.MULTILINE)
+    names = re.findall(r"(\w+)\.yaml", recipe[0]) if recipe else []
+    told = "; ".join(f"`{n}` {numbers[n]}" for n in names if n in numbers)
+    row = f"| Ours | {told + ': ' if told else 'see '}[results](../results.md) |"
+    return re.sub(r"^\| Ours \|.*$", lambda _: row, text, count=1, flags=re.MULTILINE)
+
+
 def filled(text: str) -> str:
     """The same text with every generated part made anew."""
     for name, make in PARTS.items():
@@ -88,9 +121,10 @@ def filled(text: str) -> str:
 
 def main() -> int:
     stale = []
-    for path in [ROOT / "README.md"]:
+    numbers = measured()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md"))]:
         old = path.read_text(encoding="utf8")
-        new = filled(old)
+        new = filled(old) if path.name == "README.md" else card(old, numbers)
         if new != old:
             stale.append(path.name)
             if "--check" not in sys.argv:
