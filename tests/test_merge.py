@@ -24,6 +24,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "task_arithmetic factors": {"space": "factors"},
     "magnitude_prune": {"density": 1.0}, "ties": {"density": 1.0}, "ties frequency": {"density": 1.0, "signs": "frequency"},
     "ties factors": {"density": 1.0, "space": "factors"}, "ties knots": {"density": 1.0, "space": "knots"},
+    "ties model": {"density": 1.0, "trim": "model"},
     "dare": {"density": 1.0}, "dare_ties": {"density": 1.0}, "della": {"density": 1.0, "lam": 1.0},
     "knots_ties": {"density": 1.0, "lam": 1.0}, "knots_dare_ties": {"density": 1.0, "lam": 1.0},
     "copa": {"density": 1.0, "lam": 1.0}, "copa product": {"density": 1.0, "lam": 1.0, "form": "product"},
@@ -35,6 +36,7 @@ USED: dict[str, dict[str, Any]] = {
     "copa product": {"form": "product", "floor": 0.8},
     "copa plain": {"scale": False, "normalise": False}, "della sum": {"signs": "sum"},
     "pcb factors": {"space": "factors"}, "ties frequency": {"signs": "frequency"},
+    "ties model": {"trim": "model"}, "magnitude_prune model": {"trim": "model"}, "knots_ties model": {"trim": "model"},
 }  # fmt: skip
 
 
@@ -115,6 +117,41 @@ def test_density_one_is_task_arithmetic(name: str) -> None:
     whole = call("task_arithmetic", states, [1.0, -0.5, 2.0])
     same(call(name, states, [1.0, -0.5, 2.0], keep="cat", density=1.0, **more), whole)
     same(call("svd", states, [1.0, -0.5, 2.0], rank=12), whole)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.37, 0.8, 1.0])
+def test_trimming_over_the_model_is_trimming_of_one_long_vector(density: float) -> None:
+    """As in TIES' paper: all modules of an adapter flattened into one tensor, modules of unlike scale."""
+    states = [
+        {k: v * (5.0 if "layers.1" in k else 1.0) for k, v in state(seed).items()} for seed in (1, 2, 3)
+    ]
+    want: State = {}
+    taus = []
+    for s in states:
+        flat = torch.cat([t.flatten() for t in changes(s).values()])
+        kept = largest(flat.clone(), density)
+        pieces = kept.split([t.numel() for t in changes(s).values()])
+        taus.append({k: p.view(t.shape) for (k, t), p in zip(changes(s).items(), pieces, strict=True)})
+    for path in taus[0]:
+        want[path] = sum(t[path] for t in taus)  # type: ignore[assignment]
+    got = call("magnitude_prune", states, keep="dense", density=density, trim="model")
+    for path, tensor in changes(got).items():
+        torch.testing.assert_close(
+            tensor, want[path.removesuffix(".weight")] if path not in want else want[path]
+        )
+    if 0 < density < 1:
+        per_module = call("magnitude_prune", states, keep="dense", density=density)
+        assert not torch.allclose(per_module["layers.0.q.weight"], got["layers.0.q.weight"])
+
+
+def test_trimming_over_the_model_needs_the_whole_model_and_changes() -> None:
+    parts = [split(state(seed))["layers.0.q"] for seed in (1, 2)]
+    with pytest.raises(RetainError, match="call the merger with states"):
+        merger("ties").part(parts, [1.0, 1.0], trim="model")
+    with pytest.raises(RetainError, match=r"ties\.trim: 'model' ranks the entries of changes"):
+        call("ties", [state(1), state(2)], trim="model", space="factors")
+    with pytest.raises(RetainError, match=r"ties\.trim: 'all' is none of"):
+        call("ties", [state(1), state(2)], trim="all")
 
 
 @pytest.mark.parametrize("N", [2, 8])

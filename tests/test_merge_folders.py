@@ -311,9 +311,13 @@ def test_folders_and_states_merge_alike(tmp_path: Path) -> None:
                 for k, v in t.items()
             }
         )
-    for name in ("ties", "copa", "knots_ties", "dare", "pcb"):
-        want = merger(name)(states, keep="cat")
-        got = ours(folders, name, tmp_path / name, keep="cat")
+    whole: dict[str, Any] = {"trim": "model"}
+    for name, params in [
+        *((name, {}) for name in ("ties", "copa", "knots_ties", "dare", "pcb")),
+        *((name, whole) for name in ("ties", "knots_ties")),
+    ]:
+        want = merger(name)(states, keep="cat", **params)
+        got = ours(folders, name, tmp_path / f"{name}{len(params)}", keep="cat", params=params)
         for path, delta in got.items():
             low = Low(want[f"{path}.lora_B"], want[f"{path}.lora_A"])
             torch.testing.assert_close(delta, low.dense(), atol=TOLERANCE, rtol=1e-4)

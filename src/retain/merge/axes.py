@@ -2,7 +2,7 @@
 
 A family of methods is a choice on each axis (`mergers.py`); nothing here knows a method's name.
 
-    prune    largest(density) | random(density) | by_rank(density, window)
+    prune    largest(density) | above(border) | random(density) | by_rank(density, window)
     signs    sum | total | frequency      the elected sign is that of the sum of entries, or of their signs
     space    deltas | factors | knots     dense changes, A and B each on its own, coordinates in a shared basis
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from retain.types import RetainError, digest
 
 Signs = Literal["sum", "total", "frequency"]
 Space = Literal["deltas", "factors", "knots"]
+Trim = Literal["module", "model"]
 Prune = Callable[[Tensor, int], Tensor]
 """A tensor and the number of its adapter to the pruned tensor; may write into its argument."""
 
@@ -49,6 +50,43 @@ def largest(t: Tensor, density: float) -> Tensor:
         return torch.zeros_like(t)
     size = t.abs()
     return t.masked_fill(size < nth_smallest(size, t.numel() - keep), 0.0)
+
+
+def above(t: Tensor, border: float) -> Tensor:
+    """Zero all entries smaller than a border."""
+    return t.masked_fill(t.abs() < border, 0.0)
+
+
+BIN = 15  # bits of a float that a first look leaves out: bins of 2^-8 of their magnitude
+BINS = 1 << (31 - BIN)
+
+
+def borders_of(modules: Callable[[], Iterable[Sequence[Tensor]]], density: float) -> list[float]:
+    """For each adapter the int(density * numel)-th largest magnitude of all modules together; inf for none.
+
+    Modules are read twice, one at a time: entries are counted by magnitude, then those of the border's bin are sorted.
+    """
+    counts: list[Tensor] = []
+    for taus in modules():
+        counts = counts or [torch.zeros(BINS, dtype=torch.long) for _ in taus]
+        for count, t in zip(counts, taus, strict=True):
+            count += torch.bincount(_bin(t), minlength=BINS).cpu()
+    keeps = [int(density * int(count.sum())) for count in counts]
+    larger = [count.flip(0).cumsum(0).flip(0) for count in counts]  # entries in this bin or a larger one
+    at = [int((more >= keep).nonzero().max()) for more, keep in zip(larger, keeps, strict=True)]
+    inside: list[list[Tensor]] = [[] for _ in counts]
+    for taus in modules():
+        for found, t, bin_ in zip(inside, taus, at, strict=True):
+            found.append(t.float().abs().flatten()[_bin(t) == bin_])
+    out = []
+    for more, keep, bin_, found in zip(larger, keeps, at, inside, strict=True):
+        within = keep - int(more[bin_ + 1]) if bin_ + 1 < BINS else keep
+        out.append(float(torch.cat(found).sort(descending=True).values[within - 1]) if keep else math.inf)
+    return out
+
+
+def _bin(t: Tensor) -> Tensor:
+    return t.float().abs().flatten().view(torch.int32) >> BIN
 
 
 def random(t: Tensor, density: float, rng: Generator) -> Tensor:
@@ -125,6 +163,13 @@ def blend(taus: list[Tensor], weights: Sequence[float], prune: Prune, signs: Sig
 
 
 # -- space -----------------------------------------------------------------------------------------------
+
+
+def taus_in(parts: Sequence[Part], space: Space) -> list[Tensor]:
+    """What an entry-wise rule sees of a module in a space that has one tensor per adapter (`deltas`, `knots`)."""
+    if space == "knots" and all(len(p.shape) == 2 for p in parts):
+        return shared_basis(parts)[1]
+    return [dense(p) for p in parts]
 
 
 def in_space(

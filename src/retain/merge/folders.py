@@ -221,20 +221,21 @@ class Plan:
     def modules(self) -> Iterator[tuple[str, str, Part, float]]:
         """path, kind (`lora`, `lora_bias`, `weight`, `bias`), the merged tensor, the error of keeping it."""
         names = [str(a.folder) for a in self.adapters]
+        params = self.merger.surveyed(self.params, self._changes)
         for path, leaves in self.adapters[0].modules.items():
             if "lora_A" in leaves:
                 parts = [change(a, path, self.base) for a in self.adapters]
                 same_shape(parts, path, names)
                 ranks = [a.rank(path) for a in self.adapters]
                 with where(path):
-                    merged = self.merger.part(parts, self.weights, **self.params)
+                    merged = self.merger.part(parts, self.weights, **params)
                     del parts
                     yield path, "lora", *kept(merged, ranks, self.keep, self.rank)
                 if any("lora_bias" in a.modules[path] for a in self.adapters):
                     biases = [_bias(a, path) for a in self.adapters]
                     same_shape(biases, path, names)
                     with where(path):
-                        yield path, "lora_bias", self.merger.part(biases, self.weights, **self.params), 0.0
+                        yield path, "lora_bias", self.merger.part(biases, self.weights, **params), 0.0
                 continue
             for leaf in leaves:
                 full = []
@@ -246,6 +247,15 @@ class Plan:
                 if share <= 0:
                     raise RetainError(f"{path}: full copies are averaged: the weights need a positive sum")
                 yield path, leaf, total(full, [w / share for w in self.weights]), 0.0
+
+    def _changes(self) -> Iterator[list[Part]]:
+        """The LoRA modules of all adapters, one after another: read once more where a merger looks at all first."""
+        names = [str(a.folder) for a in self.adapters]
+        for path, leaves in self.adapters[0].modules.items():
+            if "lora_A" in leaves:
+                parts = [change(a, path, self.base) for a in self.adapters]
+                same_shape(parts, path, names)
+                yield parts
 
 
 def _bias(a: PeftFolder, path: str) -> Tensor:

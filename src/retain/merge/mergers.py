@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
@@ -29,13 +29,17 @@ from retain.merge.axes import (
     Prune,
     Signs,
     Space,
+    Trim,
+    above,
     blend,
+    borders_of,
     by_rank,
     generators,
     in_space,
     largest,
     nth_smallest,
     random,
+    taus_in,
 )
 from retain.merge.parts import Low, Part, dense, full, inner, join, scaled, shape, split, total, truncated
 from retain.types import RetainError, State
@@ -81,6 +85,7 @@ class Merger:
     exactly: int = 0  # the number of adapters it takes; 0: any
     in_order: bool = False  # the order of adapters is part of the method
     per_module: tuple[str, ...] = ()  # parameters that are states: one entry per adapter
+    space: Space = "deltas"  # of a rule that has no parameter `space`
 
     def __call__(
         self,
@@ -111,6 +116,13 @@ class Merger:
         same_modules(all_parts, names)
         extra = {k: [split(s) for s in params.pop(k)] for k in self.per_module if params.get(k) is not None}
         self.check(params, given=tuple(extra))
+
+        def modules() -> Iterator[list[Part]]:
+            for path in all_parts[0]:
+                same_shape([p[path] for p in all_parts], path, names)
+                yield [p[path] for p in all_parts]
+
+        params = self.surveyed(params, modules)
         parts, errors = dict[str, Part](), dict[str, float]()
         for path in all_parts[0]:
             here = [p[path] for p in all_parts]
@@ -122,6 +134,23 @@ class Merger:
             key = path if isinstance(part, Low) or not isinstance(here[0], Low) else f"{path}.weight"
             parts[key], errors[key] = part, error
         return Merged(parts, errors)
+
+    def surveyed(
+        self, params: Mapping[str, Any], modules: Callable[[], Iterable[Sequence[Part]]]
+    ) -> dict[str, Any]:
+        """The parameters with what must be known of all modules before the first is merged (`trim: model`)."""
+        if params.get("trim") != "model":
+            return dict(params)
+        every = {**self.params, **params}
+        space = every.get("space", self.space)
+        if space == "factors":
+            raise RetainError(
+                f"{self.name}.trim: 'model' ranks the entries of changes, not of factors; use deltas"
+            )
+        return {
+            **params,
+            "borders": borders_of(lambda: (taus_in(parts, space) for parts in modules()), every["density"]),
+        }
 
     @torch.no_grad()
     def part(self, parts: Sequence[Part], weights: Sequence[float], **params: Any) -> Part:
@@ -151,7 +180,9 @@ class Merger:
         """Parameters and their defaults."""
         found = inspect.signature(self.rule).parameters.values()
         return {
-            p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY and p.name not in self.per_module
+            p.name: p.default
+            for p in found
+            if p.kind is p.KEYWORD_ONLY and p.name not in (*self.per_module, "borders")
         }
 
     def check(self, params: Mapping[str, Any], given: Sequence[str] = (), at: str = "") -> None:
@@ -364,6 +395,18 @@ def _whole(t: Tensor, n: int) -> Tensor:
     return t
 
 
+def _trimmed(density: float, trim: str, borders: Sequence[float] | None) -> Prune:
+    """The largest entries of a module, or those above a border that holds for all modules."""
+    if trim == "module":
+        return lambda t, n: largest(t, density)
+    if borders is None:
+        raise RetainError(
+            "trim: 'model' needs all modules at once: call the merger with states, not one part"
+        )
+    known = borders
+    return lambda t, n: above(t, known[n])
+
+
 def _pruned(
     parts: Sequence[Part], weights: Sequence[float], space: Space, prune: Prune, signs: Signs, lam: float
 ) -> Part:
@@ -378,9 +421,11 @@ def magnitude_prune(
     density: float = 0.2,
     lam: float = 1.0,
     space: Space = "deltas",
+    trim: Trim = "module",
+    borders: Sequence[float] | None = None,
 ) -> Part:
-    """lam sum_n w_n top(dW_n): the int(density * numel) largest entries of every module."""
-    return _pruned(parts, weights, space, lambda t, n: largest(t, density), "sum", lam)
+    """lam sum_n w_n top(dW_n): the int(density * numel) largest entries of every module, or of the model (`trim`)."""
+    return _pruned(parts, weights, space, _trimmed(density, trim, borders), "sum", lam)
 
 
 @register_merger("the largest entries, one sign per entry, mean of those that agree", "arXiv:2306.01708")
@@ -392,13 +437,18 @@ def ties(
     lam: float = 1.0,
     signs: Literal["total", "frequency"] = "total",
     space: Space = "deltas",
+    trim: Trim = "module",
+    borders: Sequence[float] | None = None,
 ) -> Part:
-    """Trim, elect, disjoint mean (Yadav et al., NeurIPS 2023), trimmed per module as PEFT and mergekit do.
+    """Trim, elect, disjoint mean (Yadav et al., NeurIPS 2023).
+
+    The paper keeps the largest entries of the whole model (`trim: model`), PEFT and mergekit those of every module
+    (the default). `borders` are found by the merger.
 
     PEFT elects before it weighs; here an adapter's weight counts in the election, and 0 is no vote. With
     equal positive weights both are the same.
     """
-    return _pruned(parts, weights, space, lambda t, n: largest(t, density), signs, lam)
+    return _pruned(parts, weights, space, _trimmed(density, trim, borders), signs, lam)
 
 
 def _dare(
@@ -464,7 +514,7 @@ def della(
     return _pruned(parts, weights, space, lambda t, n: by_rank(t, density, window, rngs[n]), signs, lam)
 
 
-@register_merger("TIES on coordinates in a basis that all share", "arXiv:2410.19735")
+@register_merger("TIES on coordinates in a basis that all share", "arXiv:2410.19735", space="knots")
 def knots_ties(
     parts: Sequence[Part],
     weights: Sequence[float],
@@ -472,12 +522,14 @@ def knots_ties(
     density: float = 0.2,
     lam: float = 0.6,
     signs: Literal["total", "frequency"] = "total",
+    trim: Trim = "module",
+    borders: Sequence[float] | None = None,
 ) -> Part:
     """KnOTS (Stoica et al., ICLR 2025) with TIES, defaults of the release's configs. The result has rank N r.
 
-    The release trims over all layers at once, here per module.
+    The release trims over all layers at once (`trim: model`); the default is per module.
     """
-    return _pruned(parts, weights, "knots", lambda t, n: largest(t, density), signs, lam)
+    return _pruned(parts, weights, "knots", _trimmed(density, trim, borders), signs, lam)
 
 
 @register_merger("DARE-TIES on coordinates in a basis that all share", "arXiv:2410.19735")
