@@ -31,7 +31,9 @@ def prepared(base: Any, processor: Any, at_once: int, of: Task) -> tuple[HFModel
     model = HFModel(deepcopy(base), processor, PromptSpec(TOKENS, at_once))
     method, stream = build("modal_prompt"), Stream("bench", (of,))
     for i in range(TASKS):
-        method.adapt(Context(model, replace(of, name=f"task{i}"), stream, [], seed=0))
+        ctx = Context(model, replace(of, name=f"task{i}"), stream, [], seed=0)
+        method.adapt(ctx)
+        method.end_task(ctx)
     return model, method, Context(model, of, stream, [], seed=0)
 
 
