@@ -109,6 +109,28 @@ def test_a_batch_equals_its_samples_alone(family: str) -> None:
         assert together[i : i + 1] == text
 
 
+def test_the_gradient_of_a_shared_prompt_is_the_same_in_every_run() -> None:
+    """Many samples add to one prompt: with several threads the order of the sum must not change its last bits."""
+    model, B, T = prompted("llava"), 256, 40
+    site = model.prompts
+    assert site is not None
+    mask = torch.ones(B, T, dtype=torch.long)
+    places = site.places(Mix({"a": 1.0}), mask, torch.zeros(B, dtype=torch.long), left=False)
+    assert places is not None
+    embeds, weight = torch.randn(B, T, 32), torch.randn(B, places.source_BS.shape[1], 32)
+    model.adapters.train_only("a")
+    rows, threads, grads = site.tensors("a")["tokens"], torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(4)
+        for _ in range(4):
+            rows.grad = None
+            (site.fill(embeds, places) * weight).sum().backward()
+            grads.append(rows.grad.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(g, grads[0]) for g in grads)
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_only_the_trained_prompt_gets_a_gradient(family: str) -> None:
     grads = []

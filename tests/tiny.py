@@ -142,6 +142,16 @@ def llava(
     return _build(config, seed), processor
 
 
+def _qwen_processor(tok: PreTrainedTokenizerFast) -> PlainProcessor:
+    images = Qwen2VLImageProcessorPil(
+        patch_size=7,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56},
+    )
+    return PlainProcessor(tok, images, QWEN_TEMPLATE, "<|image_pad|>")
+
+
 def qwen2_5_vl(seed: int = 0) -> tuple[Any, Any]:
     """Qwen2.5-VL: window attention in the tower, 2 x 2 merger, three-dimensional rotary positions."""
     special = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -158,13 +168,7 @@ def qwen2_5_vl(seed: int = 0) -> tuple[Any, Any]:
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
-    images = Qwen2VLImageProcessorPil(
-        patch_size=7,
-        merge_size=2,
-        temporal_patch_size=2,
-        size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56},
-    )
-    return _build(config, seed), PlainProcessor(tok, images, QWEN_TEMPLATE, "<|image_pad|>")
+    return _build(config, seed), _qwen_processor(tok)
 
 
 def qwen3_vl(seed: int = 0, layers: int = 2) -> tuple[Any, Any]:
@@ -183,13 +187,7 @@ def qwen3_vl(seed: int = 0, layers: int = 2) -> tuple[Any, Any]:
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
-    images = Qwen2VLImageProcessorPil(
-        patch_size=7,
-        merge_size=2,
-        temporal_patch_size=2,
-        size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56},
-    )
-    return _build(config, seed), PlainProcessor(tok, images, QWEN_TEMPLATE, "<|image_pad|>")
+    return _build(config, seed), _qwen_processor(tok)
 
 
 def qwen2_vl(seed: int = 0) -> tuple[Any, Any]:

@@ -156,9 +156,8 @@ def _shape(hf: Any, recipe: Recipe) -> Shape:
     queries, keys = heads * E, int(getattr(text, "num_key_value_heads", None) or heads) * E
     # two norms' inputs and outputs; q, attention's output; k, v; gate, silu(gate), up, their product
     kept = 4 * D + 2 * queries + 2 * keys + 4 * inner
-    dropped = (
-        2 * D + 2 * queries + inner
-    )  # a mask per input of a group of layers, attention's output once more
+    # a mask per input of a group of layers, attention's output once more
+    dropped = 2 * D + 2 * queries + inner
     return Shape(parameters, trainable, passed, layers, D, int(text.vocab_size), kept, dropped)
 
 

@@ -169,7 +169,9 @@ class Prompts(nn.Module):
         """The embeddings with the prompts in their places: (B, S, D)."""
         tokens = [self._of("tokens")[n].to(embeds_BTD.dtype) for n in places.names]
         flat = torch.cat([embeds_BTD.flatten(0, 1), *tokens])
-        return flat[places.source_BS.to(flat.device)]
+        # not flat[…]: its backward adds up in the order of threads, so that two runs would differ in their last bits
+        rows = flat.index_select(0, places.source_BS.flatten().to(flat.device))
+        return rows.view(*places.source_BS.shape, -1)
 
 
 def attach(
