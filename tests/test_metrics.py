@@ -172,6 +172,21 @@ def test_a_metric_needs_the_cells_it_says_and_no_others(definition) -> None:  # 
             assert got.value == pytest.approx(want)
 
 
+def test_a_model_that_learned_nothing_ends_as_it_began() -> None:
+    rng = np.random.default_rng(0)
+    base = AccuracyMatrix.empty(["a", "b"], ["c"]).with_row(0, {"a": [0, 100], "b": [50, 50], "c": [0, 20]})
+    tuned = base.with_row(1, {"a": [100, 100]}).with_row(2, {"a": [0, 50], "b": [100, 100], "c": [0, 0]})
+    got = {m.name: m for m in base.metrics(rng)}
+    assert (got["Last"].value, got["Unseen"].value) == (50, 10) and got["Last"].low is not None
+    assert got["New (MFT)"].value is None and got["BWT"].value is None and got["Avg (MAA)"].value is None
+    assert np.isnan(base.values[1:]).all()  # nothing was evaluated there, and the matrix says so
+    assert number(tuned, "Last") == 62.5
+    for made in (compare_runs(base, tuned, rng), compare_seeds([base, base], [tuned, tuned], rng)):
+        told = {c.name: c.difference for c in made}
+        assert (told["Last"], told["Unseen"], told["BWT"]) == (-12.5, 10, None)
+    assert {s.name: s.mean for s in aggregate([base, base]).metrics}["Last"] == 50
+
+
 def test_reasons_say_what_is_missing() -> None:
     m = lower(COIN_LORA, tasks=COIN)
     assert m.metric("Zero-shot").reason == "not evaluated: ScienceQA zero-shot and 7 more"

@@ -101,7 +101,11 @@ def test_orders_have_sections_of_their_own(tmp_path: Path) -> None:
             and "**Against `replay`**" in part
         )
         assert test in part and "| routed | 100.0" in part
-        assert "| lora | 100" not in part
+        assert "| lora | 100.0" not in part
+        kept = next(
+            line for line in part.split("**Method state")[1].splitlines() if line.startswith("| lora |")
+        )
+        assert [cell.split(" / ")[0].strip() for cell in kept.split("|")[2:-1]] == ["100 B", "200 B", "300 B"]
     assert "Made from 9 runs" in default
 
 

@@ -174,6 +174,7 @@ def compare_runs(
     by id).
     """
     same_stream([a, b])
+    a, b = a.ended(), b.ended()
     boot_a, boot_b = _boot_cells(a, b, rng, resamples)
     swap_a, swap_b = _swap_cells(a, b, rng, permutations)
     t, u = len(a.tasks), len(a.unseen)
@@ -229,6 +230,7 @@ def compare_seeds(
             f"{len(a)} and {len(b)} runs: give at least 2 pairs, run k of one with run k of the other"
         )
     same_stream([*a, *b])
+    a, b = [m.ended() for m in a], [m.ended() for m in b]
     out = []
     for d in DEFINITIONS:
         values = [(value_of(x, d), value_of(y, d)) for x, y in zip(a, b, strict=True)]

@@ -120,6 +120,18 @@ class AccuracyMatrix:
             {k: v for k, v in self.ids.items() if k in keep},
         )
 
+    def ended(self) -> AccuracyMatrix:
+        """What metrics are taken from: itself; where no task was learned, with the first row as its last too.
+
+        A model that learned nothing ends as it began, so it has a Last, and something to be compared by.
+        """
+        if self.done:
+            return self
+        values, samples = self.values.copy(), {k: v.copy() for k, v in self.samples.items()}
+        for rows in (values, *samples.values()):
+            rows[-1] = rows[0]
+        return replace(self, values=values, samples=samples)
+
     # ------------------------------------------------------------------------------------------------ reading
 
     @property
@@ -160,8 +172,9 @@ class AccuracyMatrix:
         independently. It covers which samples were tested, not training noise: for that run several seeds and
         `aggregate`.
         """
-        cells_R = None if rng is None or not self.samples else resampled(self, rng, resamples)
-        return [_metric(self, d, cells_R, level) for d in DEFINITIONS]
+        m = self.ended()
+        cells_R = None if rng is None or not m.samples else resampled(m, rng, resamples)
+        return [_metric(m, d, cells_R, level) for d in DEFINITIONS]
 
     def metric(self, name: str, rng: np.random.Generator | None = None) -> Metric:
         """One metric by name."""
@@ -365,11 +378,11 @@ def aggregate(matrices: Sequence[AccuracyMatrix], level: float = LEVEL) -> Aggre
     """Mean and spread over runs (seeds), per metric and per cell. A cell missing in any run is nan."""
     same_stream(matrices)
     cells = np.stack([m.values for m in matrices])
-    n = len(matrices)
+    n, ended = len(matrices), [m.ended() for m in matrices]
     std = cells.std(axis=0, ddof=1) if n > 1 else np.full(cells.shape[1:], np.nan)
     spreads = []
     for d in DEFINITIONS:
-        pairs = [value_of(m, d) for m in matrices]
+        pairs = [value_of(m, d) for m in ended]
         values = [v for v, _ in pairs if v is not None]
         if len(values) < n:
             reason = next(r for _, r in pairs if r)

@@ -1,5 +1,5 @@
 """docs/results.md: many runs as one page, stream by stream and order by order: the table, paired tests, routing,
-scores per task, budgets."""
+scores per task, budgets, what is kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from retain.metrics import Comparison
 from retain.report import summary
 from retain.report.load import Group, Run, group, load_runs
-from retain.report.tables import results_table
+from retain.report.tables import results_table, state_rows
 from retain.types import RetainError
 
 BASELINES = ("lora", "replay", "merge_task_arithmetic", "merge_average")
@@ -54,6 +54,7 @@ def _section(title: str, groups: Sequence[Group]) -> list[str]:
         *filter(None, [routes(groups)]),
         per_task(groups),
         budgets(groups),
+        state(groups),
     ]
 
 
@@ -153,6 +154,14 @@ def budgets(groups: Sequence[Group]) -> str:
     for g in groups:
         cells = [summary.written(c, summary.mean_cost(g, c.key)) for c in summary.COSTS]
         lines.append(f"| {g.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def state(groups: Sequence[Group]) -> str:
+    """What each method keeps after each task: bytes of its state, and of adapters and state together."""
+    head, *rows = state_rows(groups)
+    lines = ["**Method state / everything stored after each task**, mean over seeds:\n"]
+    lines += [f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
     return "\n".join(lines) + "\n"
 
 
