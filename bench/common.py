@@ -58,8 +58,9 @@ class Size:
 
 POCKET = Size("pocket", rank=32, batch=32, steps=10, examples=320)
 WIDE = Size("wide", rank=16, batch=16, steps=6, examples=96)
+BROAD = Size("broad", rank=16, batch=16, steps=6, examples=96)  # two layers a quarter as wide as 7B's
 SMOKE = Size("smoke", rank=4, batch=4, steps=3, examples=12, max_new_tokens=3)
-SIZES = {s.name: s for s in (POCKET, WIDE, SMOKE)}
+SIZES = {s.name: s for s in (POCKET, WIDE, BROAD, SMOKE)}
 
 
 # -- models and data ---------------------------------------------------------------------------------------
@@ -85,6 +86,15 @@ def base(size: Size) -> tuple[Any, Any]:
             "lm": 256,
             "inter": 1024,
             "layers": 4,
+            "tower": 128,
+            "tower_layers": 3,
+            "side": 64,
+            "vocab": 1792,
+        },
+        "broad": {
+            "lm": 1024,
+            "inter": 2752,
+            "layers": 2,
             "tower": 128,
             "tower_layers": 3,
             "side": 64,
@@ -159,7 +169,7 @@ def task(size: Size, name: str = "garments", n_test: int = 64) -> Task:
 
         return pocket_task(name, n_train=size.examples, n_valid=1, n_test=n_test)
     rng = np.random.default_rng(0)
-    side, words = {"pocket": (48, 10), "wide": (64, 28), "smoke": (16, 6)}[size.name]
+    side, words = {"pocket": (48, 10), "wide": (64, 28), "broad": (64, 28), "smoke": (16, 6)}[size.name]
     nouns = [
         "the",
         "red",
