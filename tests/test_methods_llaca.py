@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -92,6 +93,15 @@ def test_fused_sums_equal_plain_ones(inner: bool, moves: bool, monkeypatch: pyte
     torch.testing.assert_close(
         torch.cat([llaca._foreach_sums(g, inner) for g in llaca._grouped(fives)], 1), want_SK
     )
+
+
+def test_the_rows_that_are_summed_begin_where_gradients_do() -> None:
+    """The last bits of BLAS's sums depend on the address: with any other, two runs would not be equal."""
+    for n in (1, 33, 1000, 70_001, llaca.CHUNK):
+        kept = [np.empty(n + i, np.float32) for i in range(3)]  # the heap is not fresh in a long run either
+        rows = llaca._scratch(n)
+        assert [r.ctypes.data % 64 for r in rows] == [0, 0] and all(len(r) == n for r in rows)
+        assert torch.empty(n).data_ptr() % 64 == 0 and len(kept) == 3
 
 
 @dataclass

@@ -113,12 +113,21 @@ class Five(NamedTuple):
 def sums(fives: Sequence[Five], inner: bool) -> Tensor:
     """The rows that the rates are made of, (S, K) fp32: L1 norms, or inner products (`inner`)."""
     if all(f.on_cpu() for f in fives):
-        scratch = np.empty((2, min(CHUNK, max(f.theta.numel() for f in fives))), np.float32)
+        scratch = _scratch(min(CHUNK, max(f.theta.numel() for f in fives)))
         return torch.tensor([_cpu_sums(f, inner, scratch) for f in fives]).t()
     return torch.cat([_foreach_sums(group, inner) for group in _grouped(fives)], dim=1)
 
 
-def _cpu_sums(five: Five, inner: bool, scratch: Row) -> list[float]:
+def _scratch(n: int) -> tuple[Row, Row]:
+    """Two rows of torch's memory, which begins at a multiple of 64 bytes, as gradients do.
+
+    The last bits of `sasum` depend on where a row begins, and numpy's memory begins anywhere: two runs, or a run and
+    its continuation, would differ.
+    """
+    return torch.empty(n, dtype=torch.float32).numpy(), torch.empty(n, dtype=torch.float32).numpy()
+
+
+def _cpu_sums(five: Five, inner: bool, scratch: tuple[Row, Row]) -> list[float]:
     """One tensor, chunk after chunk, so that a difference is summed while in the cache; fp64 across."""
     flat = [None if t is None else t.numpy().reshape(-1) for t in five]
     n = five.theta.numel()
@@ -129,10 +138,10 @@ def _cpu_sums(five: Five, inner: bool, scratch: Row) -> list[float]:
     return [sum(column) for column in zip(*rows, strict=True)]
 
 
-def _chunk_sums(five: Sequence[Row | None], inner: bool, scratch: Row) -> list[float]:
+def _chunk_sums(five: Sequence[Row | None], inner: bool, scratch: tuple[Row, Row]) -> list[float]:
     theta, average, grad, last_grad, last_theta = five
     assert theta is not None and average is not None and grad is not None and last_grad is not None
-    one, two = scratch[0, : len(theta)], scratch[1, : len(theta)]
+    one, two = (row[: len(theta)] for row in scratch)
     d = _minus(theta, average, one)
     head = [sdot(d, d), sdot(grad, d)] if inner else [sasum(d), sasum(grad)]
     dg = _minus(grad, last_grad, two)
