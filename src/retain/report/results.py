@@ -1,9 +1,8 @@
-"""docs/results.md: many runs as one page, stream by stream and order by order: the table, paired tests, routing,
+"""docs/results.md: many runs as one page, stream by stream and order by order: the table, paired tests,
 scores per task, budgets, what is kept."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +25,9 @@ def write_results(folder: Path, out: Path) -> Path:
     for run in runs:
         sections.setdefault(section_name(run), []).append(run)
     parts = [
-        f"Made from {len(runs)} runs by `make pocket-table`; mean ± sample standard deviation over seeds.\n"
+        f"Made from {len(runs)} runs by `make pocket-table`; mean ± sample standard deviation over seeds. Routed: share "
+        "of test samples that an adapter trained on their task answered, after the last task (a blend counts as its "
+        "heaviest adapter). Stored: adapters and method state at the end.\n"
     ]
     for title, members in sections.items():
         if members:
@@ -51,7 +52,6 @@ def _section(title: str, groups: Sequence[Group]) -> list[str]:
         table(groups).rstrip(),
         "<!-- /table -->\n",
         *(tests(groups, name) for name in BASELINES if any(g.label == name for g in groups)),
-        *filter(None, [routes(groups)]),
         per_task(groups),
         budgets(groups),
         state(groups),
@@ -105,21 +105,6 @@ def _tested(c: Comparison | None) -> str:
     if c is None or c.difference is None or c.low is None or c.high is None or c.p is None:
         return "–"
     return f"{c.difference:+.1f} [{c.low:+.1f}, {c.high:+.1f}], p = {c.p:.3f}"
-
-
-def routes(groups: Sequence[Group]) -> str:
-    """Routing accuracy of the methods that route; empty where none does."""
-    lines = [
-        "**Routing**: share of test samples that an adapter trained on their task answered, after the last task:\n",
-        "| method | routed right | seeds |",
-        "|---|---:|---:|",
-    ]
-    for g in groups:
-        found = [v for run in summary.counted(g) if (v := summary.routing(run)) is not None]
-        if found:
-            spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-            lines.append(f"| {g.label} | {statistics.mean(found):.1f}{spread} | {len(found)} |")
-    return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
 
 def per_task(groups: Sequence[Group]) -> str:

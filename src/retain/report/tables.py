@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from retain.types import RetainError
 __all__ = ["compare", "load_runs", "results_table"]
 
 COLUMNS = ("Last", "Avg (MAA)", "New (MFT)", "BWT", "Forgetting", "FWT")
+RESULT_COSTS = {
+    "Train time": "train_s",
+    "Peak memory": "peak_memory_bytes",
+    "Trainable": "trainable_parameters",
+    "Stored": "stored_bytes",
+}
 _TESTED = ("Last", "Avg (MAA)", "BWT", "Forgetting")
 
 
@@ -110,22 +117,24 @@ def test_rows(groups: Sequence[Group], against: Group) -> list[list[str]]:
 def results_table(runs: Sequence[Run], labels: Mapping[str, str] | None = None) -> str:
     """The results as a markdown table: mean ± sd over seeds per method, in the order of the runs.
 
-    `labels` names the method of a run folder otherwise than by its parts.
+    `labels` names the method of a run folder otherwise than by its parts. Routed: `summary.routing`.
     """
+    groups = group(runs)
     unseen = any(run.matrix is not None and run.matrix.unseen for run in runs)
     names = ("Last", *(["Unseen"] if unseen else []), "Avg (MAA)", "New (MFT)", "BWT", "Forgetting")
-    head = ["Method", *names, "Train time", "Trainable", "Stored", "Seeds"]
+    routed = {
+        g.label: [v for r in summary.counted(g) if (v := summary.routing(r)) is not None] for g in groups
+    }
+    costs = {c.key: c for c in summary.COSTS}
+    head = ["Method", *names, *(["Routed"] if any(routed.values()) else []), *RESULT_COSTS, "Seeds"]
     lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
-    by_key = {c.key: c for c in summary.COSTS}
-    for g in group(runs):
-        label = (labels or {}).get(g.runs[0].path.name, g.label)
+    for g in groups:
         found = summary.numbers(g)
-        costs = [
-            summary.written(by_key[key], summary.mean_cost(g, key))
-            for key in ("train_s", "trainable_parameters", "stored_parameters")
-        ]
         cells = [_mean_sd(found.get(name)) for name in names]
-        lines.append(_line([label, *cells, *costs, str(len(summary.counted(g)))]))
+        cells += [_spread(routed[g.label])] if any(routed.values()) else []
+        cells += [summary.written(costs[key], summary.mean_cost(g, key)) for key in RESULT_COSTS.values()]
+        label = (labels or {}).get(g.runs[0].path.name, g.label)
+        lines.append(_line([label, *cells, str(len(summary.counted(g)))]))
     return "\n".join(lines) + "\n"
 
 
@@ -137,6 +146,14 @@ def _mean_sd(number: summary.Number | None) -> str:
     if number is None or number.value is None:
         return "–"
     return f"{number.value:.1f}" + (f" ± {number.sd:.1f}" if number.sd is not None else "")
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    return f"{statistics.mean(values):.1f}" + (
+        f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    )
 
 
 def _with_interval(number: summary.Number | None) -> str:
