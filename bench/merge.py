@@ -26,8 +26,8 @@ from common import Ratio, Took, ratio, timed
 from memory import peak
 from safetensors.torch import save_file
 
+from retain.merge.base import merger
 from retain.merge.folders import merge_folders, open_all
-from retain.merge.mergers import merger
 
 SHAPES = {
     "llama7b": (4096, 11008, 1),

@@ -20,7 +20,7 @@ import retain.methods._merging as merging
 from retain.adapters.bank import Mix
 from retain.config import parse
 from retain.evaluate import evaluate, plan
-from retain.merge.mergers import MERGERS, merger
+from retain.merge.base import MERGERS, merger
 from retain.method import Context, Method
 from retain.models.base import Model
 from retain.store import RunDir

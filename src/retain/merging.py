@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from retain.config import model_source
+from retain.merge.base import KEEP, Keep, available_mergers, merger
 from retain.merge.folders import Summary, merge_checkpoint, merge_folders
-from retain.merge.mergers import KEEP, Keep, available_mergers, merger
 from retain.types import RetainError
 from retain.values import fill, read_yaml
 

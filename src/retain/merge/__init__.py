@@ -8,11 +8,8 @@
 federated averaging calls `average`.
 """
 
+from retain.merge.base import MERGERS, Merged, Merger, available_mergers, merger, register_merger
 from retain.merge.mergers import (
-    MERGERS,
-    Merged,
-    Merger,
-    available_mergers,
     average,
     coma,
     copa,
@@ -23,9 +20,7 @@ from retain.merge.mergers import (
     knots_dare_ties,
     knots_ties,
     magnitude_prune,
-    merger,
     pcb,
-    register_merger,
     slerp,
     svd,
     task_arithmetic,

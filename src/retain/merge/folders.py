@@ -33,7 +33,7 @@ from torch import Tensor
 
 from retain.adapters.peft_format import CONFIG, WEIGHTS, PeftFolder, aliases, supported
 from retain.files import write_json
-from retain.merge.mergers import Keep, Merger, kept, merger, same_modules, same_shape, where
+from retain.merge.base import Keep, Merger, kept, merger, same_modules, same_shape, where
 from retain.merge.parts import Low, Part, total
 from retain.types import RetainError
 

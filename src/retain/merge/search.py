@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retain.merge.mergers import KEEP, Keep, kept, same_modules, same_shape, where
+from retain.merge.base import KEEP, Keep, kept, same_modules, same_shape, where
 from retain.merge.parts import Low, Part, join, split, total
 from retain.types import RetainError, State
 

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from retain.adapters.bank import AdapterBank
 from retain.adapters.lora import LoraLinear
-from retain.merge.mergers import Merged, merger
+from retain.merge.base import Merged, merger
 from retain.merge.parts import Part, chunks
 from retain.methods._parts import trained_names
 from retain.types import RetainError

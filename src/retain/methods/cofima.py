@@ -32,7 +32,7 @@ from torch import Tensor
 import retain.methods._merging as merging
 from retain.adapters.lora import LoraLinear
 from retain.merge.axes import nth_smallest
-from retain.merge.mergers import merger
+from retain.merge.base import merger
 from retain.method import FULL_PARAMS, Context, Method, register
 from retain.methods._parts import take, trained_names
 from retain.models.base import Model

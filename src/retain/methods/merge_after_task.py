@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import retain.methods._merging as merging
-from retain.merge.mergers import merger
+from retain.merge.base import merger
 from retain.method import FULL_PARAMS, Context, Method, register
 from retain.models.base import Model
 from retain.stream import Stream

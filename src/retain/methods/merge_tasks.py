@@ -20,7 +20,7 @@ import torch
 
 import retain.methods._merging as merging
 from retain.adapters.bank import Mix
-from retain.merge.mergers import merger
+from retain.merge.base import merger
 from retain.method import Context, Method, register
 from retain.methods._parts import own_adapter
 from retain.models.base import Model

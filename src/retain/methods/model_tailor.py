@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 import retain.methods._merging as merging
 from retain.adapters.bank import AdapterBank, Mix
-from retain.merge.mergers import Merged
+from retain.merge.base import Merged
 from retain.merge.parts import Low, Part, dense, split, truncated
 from retain.merge.patch import patched
 from retain.method import FULL_PARAMS, Context, Method, register
