@@ -196,3 +196,28 @@ def test_the_script_runs_and_writes(tmp_path: Path) -> None:
         [*command, "no.such=1", "--seeds", "1"], check=False, capture_output=True, text=True
     )
     assert wrong.returncode == 1 and "exit 2" in wrong.stdout
+
+
+@pytest.mark.slow
+def test_a_merge_is_scaled_on_validation_data(tmp_path: Path) -> None:
+    recipe = tmp_path / "merged.yaml"
+    small = "{seen: [digits, charts], unseen: [icons], n_train: 16, n_test: 2, n_valid: 4}"
+    recipe.write_text(
+        f"model: pocket\nadapter: {{rank: 4}}\nstream: {{pocket_merge: {small}}}\n"
+        "method: {merge_tasks: {merger: average}}\noptim: {lr: 1e-3, steps: 2, batch_size: 4}\n"
+    )
+    retain = [sys.executable, "-m", "retain.cli", "run", recipe, f"out={tmp_path / 'run'}"]
+    subprocess.run(retain, check=True, capture_output=True)
+    script = [
+        sys.executable,
+        ROOT / "scripts" / "merge_lam.py",
+        tmp_path / "run",
+        "--mergers",
+        "ties",
+        "copa",
+    ]
+    command = [*script, "--lams", "0.5", "1", "--params", '{"density": 0.5}']
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in told if line.startswith("|")]
+    assert rows[0] == ["merger", "0.5", "1"] and [r[0] for r in rows[2:]] == ["ties", "copa"]
+    assert all(len(cell.split(" / ")) == 2 for row in rows[2:] for cell in row[1:])
