@@ -1,11 +1,11 @@
-"""Fills the generated parts of README.md (the method table, the annotated tree, the results, and --help), and the row
-`Ours` of every method's card.
+"""Fills the generated parts of README.md (the method table, the annotated tree, the results, and --help), the row `Ours`
+of every method's card, and what a pocket recipe says to expect.
 
     python scripts/docs.py            # rewrite
     python scripts/docs.py --check    # exit 1 where a part is out of date (make check)
 
-A part stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. A card's numbers are those of docs/results.md for the
-recipes that the card names.
+A part stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. The numbers of cards and
+recipes are those of docs/results.md.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def usage() -> str:
 PARTS: dict[str, Callable[[], str]] = {"methods": methods, "tree": tree, "results": results, "usage": usage}
 
 
-def measured() -> dict[str, str]:
-    """Recipe to its end and its forgetting in docs/results.md, the tasks in their default order."""
-    out: dict[str, str] = {}
+def measured() -> dict[str, dict[str, str]]:
+    """Recipe to its row in docs/results.md, the tasks in their default order; only those that have an end."""
+    out: dict[str, dict[str, str]] = {}
     section, columns = "", list[str]()
     for line in (ROOT / "docs" / "results.md").read_text(encoding="utf8").splitlines():
         if line.startswith("## "):
@@ -93,20 +93,40 @@ def measured() -> dict[str, str]:
                 columns = cells
             elif columns and len(cells) == len(columns) and "---" not in cells[1]:
                 row = dict(zip(columns, cells, strict=True))
-                seeds = row["Seeds"] + (" seed" if row["Seeds"] == "1" else " seeds")
-                forgetting = "" if row["Forgetting"] == "–" else f", forgetting {row['Forgetting']}"
                 if row["Last"] != "–":
-                    out.setdefault(row["Method"], f"Last {row['Last']}{forgetting} ({seeds})")
+                    out.setdefault(row["Method"], row)
     return out
 
 
-def card(text: str, numbers: dict[str, str]) -> str:
+def ended(row: dict[str, str]) -> str:
+    """A row's end and its forgetting, in words."""
+    forgetting = "" if row["Forgetting"] == "–" else f", forgetting {row['Forgetting']}"
+    return f"Last {row['Last']}{forgetting} ({row['Seeds']} seed{'s' * (row['Seeds'] != '1')})"
+
+
+def card(text: str, rows: dict[str, dict[str, str]]) -> str:
     """A card with its row `Ours` made anew."""
     recipe = re.search(r"^\| Recipe \|.*$", text, re.MULTILINE)
     names = re.findall(r"(\w+)\.yaml", recipe[0]) if recipe else []
-    told = "; ".join(f"`{n}` {numbers[n]}" for n in names if n in numbers)
+    told = "; ".join(f"`{n}` {ended(rows[n])}" for n in names if n in rows)
     row = f"| Ours | {told + ': ' if told else 'see '}[results](../results.md) |"
     return re.sub(r"^\| Ours \|.*$", lambda _: row, text, count=1, flags=re.MULTILINE)
+
+
+def expectation(text: str, row: dict[str, str] | None) -> str:
+    """A recipe whose comment says what to expect, as measured."""
+    if row is None:
+        return text
+    trained = row["Trainable"] != "0"
+    lines = {
+        "time:    ": f"{row['Train time']} of training on one core"
+        if trained
+        else "seconds, nothing is trained",
+        "expected:": f"{ended(row)}; docs/results.md",
+    }
+    for key, told in lines.items():
+        text = re.sub(rf"^# {key} .*$", f"# {key} {told}", text, count=1, flags=re.MULTILINE)
+    return text
 
 
 def filled(text: str) -> str:
@@ -119,12 +139,19 @@ def filled(text: str) -> str:
     return text
 
 
+def made(path: Path, text: str, rows: dict[str, dict[str, str]]) -> str:
+    """The text that a file should have."""
+    if path.suffix == ".yaml":
+        return expectation(text, rows.get(path.stem))
+    return filled(text) if path.name == "README.md" else card(text, rows)
+
+
 def main() -> int:
-    stale = []
-    numbers = measured()
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md"))]:
+    stale, rows = [], measured()
+    cards, recipes = (ROOT / "docs" / "methods").glob("*.md"), (ROOT / "recipes" / "pocket").glob("*.yaml")
+    for path in [ROOT / "README.md", *sorted(cards), *sorted(recipes)]:
         old = path.read_text(encoding="utf8")
-        new = filled(old) if path.name == "README.md" else card(old, numbers)
+        new = made(path, old, rows)
         if new != old:
             stale.append(path.name)
             if "--check" not in sys.argv:
