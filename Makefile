@@ -54,5 +54,6 @@ bench: venv  ## speed and memory beside what a user would pick instead
 docs: venv  ## rewrite the generated parts of README.md
 	$(BIN)/python scripts/docs.py
 
-pocket-table: venv  ## every pocket recipe, five seeds, two orders of the tasks (hours); writes docs/results.md
+pocket-table: venv  ## every pocket recipe, five seeds, two orders of the tasks (hours); writes docs/results.md, README, cards, recipes
 	$(BIN)/python scripts/pocket_table.py --all --orders default reversed
+	$(BIN)/python scripts/docs.py
