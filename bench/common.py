@@ -419,6 +419,8 @@ def options(doc: str | None) -> argparse.Namespace:
     args = parser.parse_args()
     if args.smoke:
         args.reps, args.sizes = 1, "smoke"
+    if wrong := sorted(set(args.sizes.split(",")) - set(SIZES)):
+        parser.error(f"--sizes: no size {wrong}; choose from {sorted(SIZES)}")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     return args

@@ -26,7 +26,12 @@ from retain.adapters.lora import LoraSpec, attach
 from retain.models import decoder
 
 ANSWER = 4
-SHAPES = {"pocket": (192, 512, 4, 41), "wide": (256, 1024, 4, 99), "smoke": (32, 64, 2, 9)}
+SHAPES = {
+    "pocket": (192, 512, 4, 41),
+    "wide": (256, 1024, 4, 99),
+    "broad": (1024, 2752, 2, 99),
+    "smoke": (32, 64, 2, 9),
+}
 """Width, inner width, layers, tokens."""
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 

@@ -101,7 +101,7 @@ def test_the_rows_that_are_summed_begin_where_gradients_do() -> None:
         kept = [np.empty(n + i, np.float32) for i in range(3)]  # the heap is not fresh in a long run either
         rows = llaca._scratch(n)
         assert [r.ctypes.data % 64 for r in rows] == [0, 0] and all(len(r) == n for r in rows)
-        assert torch.empty(n).data_ptr() % 64 == 0 and len(kept) == 3
+        del kept
 
 
 @dataclass

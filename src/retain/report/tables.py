@@ -143,17 +143,19 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _mean_sd(number: summary.Number | None) -> str:
-    if number is None or number.value is None:
-        return "–"
-    return f"{number.value:.1f}" + (f" ± {number.sd:.1f}" if number.sd is not None else "")
+    return "–" if number is None or number.value is None else _told(number.value, number.sd)
 
 
 def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    return f"{statistics.mean(values):.1f}" + (
-        f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return (
+        _told(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+        if values
+        else "–"
     )
+
+
+def _told(mean: float, sd: float | None) -> str:
+    return f"{mean:.1f}" + (f" ± {sd:.1f}" if sd is not None else "")
 
 
 def _with_interval(number: summary.Number | None) -> str:
