@@ -36,12 +36,12 @@ from retain.adapters.bank import Mix
 from retain.adapters.lora import LoraSpec
 from retain.method import Context, Method
 from retain.models.hf import HFModel
+from retain.run.train import Optim
 from retain.stream import Stream, Task
-from retain.train import Optim
 from retain.types import Example, Message
 
 ROOT = Path(__file__).resolve().parent.parent
-WEIGHTS = ROOT / "src/retain/models/pocket/weights"
+WEIGHTS = ROOT / "src/retain/pocket/weights"
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _random_llava(
     )
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from retain.models.pocket.build import CHAT, tokenizer
+    from retain.pocket.build import CHAT, tokenizer
 
     tok = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer(), bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
@@ -165,7 +165,7 @@ def _random_llava(
 def task(size: Size, name: str = "garments", n_test: int = 64) -> Task:
     """A task: the pocket's `name` if its weights are there, else pictures with made-up questions."""
     if size.name == "pocket" and (WEIGHTS / "model.safetensors").is_file():
-        from retain.benchmarks.pocket import task as pocket_task
+        from retain.pocket.stream import task as pocket_task
 
         return pocket_task(name, n_train=size.examples, n_valid=1, n_test=n_test)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Evaluation samples/s: `retain.evaluate` against HF `generate` + PEFT, at its best batch and at batch 1.
+"""Evaluation samples/s: `retain.run.evaluate` against HF `generate` + PEFT, at its best batch and at batch 1.
 
 The texts must be equal, else the run fails. Both sides get length-sorted batches and token ids made
 beforehand; image processing, the vision tower, decoding and (ours) scoring are inside the clock. Hugging Face
@@ -15,8 +15,8 @@ import torch
 from common import Ratio, Size, Took
 from torch import Tensor
 
-from retain.evaluate import EvalOptions, evaluate, plan
 from retain.models.hf import HFModel
+from retain.run.evaluate import EvalOptions, evaluate, plan
 from retain.stream import Task
 
 BATCHES = (64, 128)  # Hugging Face's best was one of them in every run; 16 and 32 were slower

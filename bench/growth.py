@@ -19,9 +19,9 @@ from common import Ratio, Size, Took
 from retain.adapters.kinds import KINDS
 from retain.method import Context, Method, available, build
 from retain.models.hf import HFModel
-from retain.store import empty
+from retain.run.store import empty
+from retain.run.train import Optim, fit
 from retain.stream import Stream, Task
-from retain.train import Optim, fit
 
 GROWS = {
     "o_lora": "all old adapters run",

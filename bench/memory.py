@@ -18,7 +18,7 @@ from typing import Any
 import common
 from common import Ratio, Size
 
-from retain.train import batches, fit
+from retain.run.train import batches, fit
 
 
 def peak() -> float:

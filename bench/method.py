@@ -9,8 +9,8 @@ import common
 from common import Ratio, Size, Took
 
 from retain.method import Context, build
+from retain.run.train import Optim, fit
 from retain.stream import Stream, Task
-from retain.train import Optim, fit
 
 
 def run(

@@ -18,9 +18,9 @@ import torch
 from common import Ratio, Size, Took
 
 from retain.adapters.prompt import PromptSpec
-from retain.evaluate import EvalOptions, evaluate, plan
 from retain.method import Context, Method, build
 from retain.models.hf import HFModel
+from retain.run.evaluate import EvalOptions, evaluate, plan
 from retain.stream import Stream, Task
 
 TASKS, TOKENS, CHOSEN = 8, 10, 3

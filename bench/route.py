@@ -4,7 +4,7 @@ Six experts of rank 8 as in HiDe-LLaVA, blended at every layer (DISCO) or at the
 (HiDe), against one LoRA of the same rank in total (48) and one of an expert's rank (8). The goal is 1.10 for all four;
 each row notes what the multiplications of the adapted layers alone cost. The experts are copies of one another, so
 that any blend answers what one of them answers: the texts must be equal, else the run fails. Image features are
-warm; prefill and decoding are inside the clock. A plain LoRA can also be folded into the weights (`retain.evaluate`
+warm; prefill and decoding are inside the clock. A plain LoRA can also be folded into the weights (`retain.run.evaluate`
 does that); a blend per sample cannot, and here neither is.
 """
 

@@ -1,4 +1,4 @@
-"""Training samples/s: `retain.train.fit` over HF `Trainer` + PEFT, same data, rank, batch and precision.
+"""Training samples/s: `retain.run.train.fit` over HF `Trainer` + PEFT, same data, rank, batch and precision.
 
 With dropout 0 both start from the same adapter and their loss curves must agree; otherwise the run fails.
 Text is tokenised before the clock starts on both sides; image processing and the vision tower are inside.
@@ -14,7 +14,7 @@ import common
 import torch
 from common import Ratio, Size, Took
 
-from retain.train import Optim, batches, fit
+from retain.run.train import Optim, batches, fit
 
 TOLERANCE = {"fp32": 2e-3, "bf16": 6e-2}  # relative, at every step: sums in another order, amplified by Adam
 

@@ -18,12 +18,13 @@ import torch
 
 import retain.methods._merging as merging
 from retain.adapters.bank import Mix
+from retain.assemble import build_method, build_model, build_stream
 from retain.config import parse
-from retain.evaluate import evaluate, plan
 from retain.merge.base import MERGERS, merger
 from retain.method import Context, Method
 from retain.models.base import Model
-from retain.store import RunDir
+from retain.run.evaluate import evaluate, plan
+from retain.run.store import RunDir
 from retain.stream import Stream
 
 
@@ -41,7 +42,7 @@ def main() -> None:
 
     store = RunDir.read(args.run)
     recipe = parse(store.config, args.run / "run.json", ["eval.split=valid"])
-    stream, model, method = recipe.build_stream(), recipe.build_model(), recipe.build_method()
+    stream, model, method = build_stream(recipe), build_model(recipe), build_method(recipe)
     store.rows()[-1].load_model(model.adapters, method)
     names = list(method.state_dict()["adapter_of"].values())
     states = [merging.changes(model.adapters, n) for n in names]

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from retain.benchmarks.pocket import pocket
+from retain.pocket.stream import pocket
 
 OUT = Path(__file__).parent.parent / "docs/img/pocket_tasks.png"
 EACH = 3

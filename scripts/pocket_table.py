@@ -90,9 +90,9 @@ def _warm() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from retain import start  # noqa: F401
-    from retain.benchmarks.pocket import pocket
+    from retain.commands import run  # noqa: F401
     from retain.models import hf  # noqa: F401
+    from retain.pocket.stream import pocket
 
     pocket()
 

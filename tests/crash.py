@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 
-import retain.evaluate
 import retain.files
-import retain.store
+import retain.run.evaluate
+import retain.run.store
 from fake_model import FakeModel, stream
 from retain.adapters.lora import LoraSpec
-from retain.continual import run
-from retain.evaluate import EvalOptions
 from retain.method import build
-from retain.store import RunDir
-from retain.train import Optim
+from retain.run.continual import run
+from retain.run.evaluate import EvalOptions
+from retain.run.store import RunDir
+from retain.run.train import Optim
 from retain.types import RetainError
 
 METHOD: list[Any] = [{"lora_per_task": {"init": "previous"}}, {"replay": {"size": 5}}, {"ema": {"beta": 0.8}}]
@@ -69,7 +69,7 @@ def armed(order: dict[str, Any]) -> list[int]:
 
     os.replace = replaced  # type: ignore[assignment]
     os.fsync = lambda handle: None  # type: ignore[assignment]  # against power cuts; a kill does not need it
-    retain.evaluate.append_lines = retain.store.append_lines = appended
+    retain.run.evaluate.append_lines = retain.run.store.append_lines = appended
     return count
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from loop_helpers import model, stream
-from retain.continual import run
-from retain.engine import Engine
-from retain.evaluate import EvalOptions
 from retain.method import build
-from retain.store import RunDir
-from retain.train import Optim
+from retain.run.continual import run
+from retain.run.engine import Engine
+from retain.run.evaluate import EvalOptions
+from retain.run.store import RunDir
+from retain.run.train import Optim
 from retain.types import RetainError, digest
 
 METHOD = [{"lora_per_task": {"init": "previous"}}, {"ema": {"beta": 0.5}}, {"replay": {"size": 4}}]

@@ -17,13 +17,13 @@ from torch import Tensor
 import tiny
 from retain.adapters.bank import Mix
 from retain.adapters.kinds import Spec
-from retain.engine import Engine
 from retain.method import Context, Method
 from retain.metrics.scores import score
 from retain.models.hf import HFModel
-from retain.store import empty
+from retain.run.engine import Engine
+from retain.run.store import empty
+from retain.run.train import FitStats, Optim, fit
 from retain.stream import Stream, Task
-from retain.train import FitStats, Optim, fit
 from retain.types import Batch, Example, Examples, Message, Output
 
 QUESTIONS = ("What colour is the square?", "left?", "How many shapes are there? one two three")

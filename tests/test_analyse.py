@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 import own_data
 import tiny
 from retain.adapters.bank import Mix
-from retain.analyse import cka
 from retain.cli import app
+from retain.commands.analyse import cka
 
 _spec = importlib.util.spec_from_file_location("routes", Path(__file__).parent / "reference" / "routes.py")
 assert _spec and _spec.loader

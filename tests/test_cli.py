@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 import retain
-from retain import cli, config, start
+from retain import cli, config
+from retain.commands import run as start
 from retain.method import available
-from retain.progress import Progress
+from retain.run.progress import Progress
 from retain.types import RetainError
 
 COMMANDS = ["run", "methods", "explain", "doctor", "plan", "compare", "report", "evaluate", "export"]
@@ -75,7 +76,7 @@ def test_explain_says_who_acts_where(recipe: Path) -> None:
 
 
 def cli_hooks() -> list[str]:
-    from retain.explain import HOOKS
+    from retain.commands.explain import HOOKS
 
     return list(HOOKS)
 

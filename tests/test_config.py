@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from retain import config
+from retain.assemble import build_method, build_stream
 from retain.types import RetainError
 from retain.values import fill, read_yaml
 
@@ -182,7 +183,7 @@ def test_a_plugin_registers_its_method(recipe: Path) -> None:
     overrides = ["plugins=[extra_plugin_for_test.py]", "method=[lora, {extra_of_test: {size: 5}}]"]
     try:
         for _ in range(2):  # a second load registers nothing new and is no conflict
-            parts = config.load(recipe, overrides).build_method().parts
+            parts = build_method(config.load(recipe, overrides)).parts
             assert [p.name for p in parts] == ["lora", "extra_of_test"] and parts[1].config() == {"size": 5}
     finally:
         from retain.method import REGISTRY
@@ -193,7 +194,7 @@ def test_a_plugin_registers_its_method(recipe: Path) -> None:
 def test_a_broken_plugin_is_named(recipe: Path) -> None:
     (recipe.parent / "broken_plugin.py").write_text("import nothing_of_that_name")
     with pytest.raises(RetainError, match=r"broken_plugin\.py:1: ModuleNotFoundError"):
-        config.load(recipe, ["plugins=[broken_plugin.py]"]).build_method()
+        build_method(config.load(recipe, ["plugins=[broken_plugin.py]"]))
 
 
 def test_a_choice_is_scored_on_the_validation_split(tmp_path: Path) -> None:
@@ -201,15 +202,15 @@ def test_a_choice_is_scored_on_the_validation_split(tmp_path: Path) -> None:
     path.write_text(
         "model: pocket\nstream: {pocket: {order: [digits], n_train: 4, n_test: 3, n_valid: 2}}\nmethod: lora\n"
     )
-    plain, chosen = config.load(path).build_stream(), config.load(path, ["eval.split=valid"]).build_stream()
+    plain, chosen = build_stream(config.load(path)), build_stream(config.load(path, ["eval.split=valid"]))
     assert [e.id for e in chosen[0].test] == [e.id for e in plain[0].valid] != [e.id for e in plain[0].test]
     assert chosen.name == "pocket (valid)" and not chosen[0].valid
     with pytest.raises(RetainError, match=r"no validation examples in \['digits'\]"):
-        config.load(path, ["eval.split=valid", "stream.pocket.n_valid=0"]).build_stream()
+        build_stream(config.load(path, ["eval.split=valid", "stream.pocket.n_valid=0"]))
 
 
 def test_an_option_beside_its_benchmark_is_told_where_it_belongs(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("model: pocket\nstream: pocket\nmethod: lora\n")
     with pytest.raises(RetainError, match=r"an option of pocket is stream\.pocket\.n_test"):
-        config.load(path, ["stream.n_test=8"]).build_stream()
+        build_stream(config.load(path, ["stream.n_test=8"]))

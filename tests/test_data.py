@@ -423,7 +423,7 @@ def test_many_findings_of_one_kind_are_counted() -> None:
 
 
 def test_the_pocket_stream_is_healthy() -> None:
-    from retain.benchmarks.pocket import pocket
+    from retain.pocket.stream import pocket
 
     errors = [f for f in diagnose(pocket(n_train=24, n_test=24)) if f.level == "error"]
     assert errors == [], finding_rows(errors)

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from ddp_worker import METHOD, OPTIM, main
 from fake_model import FakeModel, stream
 from loop_helpers import losses, remains
-from retain.continual import run
-from retain.engine import Engine
 from retain.method import FULL_GRADS, Method, build
-from retain.store import RunDir, read_jsonl
+from retain.run.continual import run
+from retain.run.engine import Engine
+from retain.run.store import RunDir, read_jsonl
 from retain.types import RetainError
 
 HERE = Path(__file__).parent

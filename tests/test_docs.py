@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from retain import config
+from retain.assemble import build_method
 from retain.method import REGISTRY, available
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +59,7 @@ def test_the_method_of_contributing_has_at_most_30_lines() -> None:
 def test_the_recipe_of_contributing_names_the_plugin(tmp_path: Path) -> None:
     (tmp_path / "anchor.py").write_text(blocks(ROOT / "CONTRIBUTING.md", "python")[0][1])
     (tmp_path / "r.yaml").write_text(blocks(ROOT / "CONTRIBUTING.md", "yaml")[0][1])
-    parts = config.load(tmp_path / "r.yaml").build_method().parts
+    parts = build_method(config.load(tmp_path / "r.yaml")).parts
     assert [p.name for p in parts] == ["lora", "anchor"] and parts[1].config() == {"weight": 0.05}
 
 
@@ -79,7 +80,7 @@ def test_yaml_blocks_are_recipes(page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=name)
 def test_every_recipe_loads_and_says_what_to_expect(recipe: Path) -> None:
     loaded = config.load(recipe)
-    loaded.build_method()
+    build_method(loaded)
     head = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     for word in ("command:", "hardware:", "time:", "seeds:", "expected:"):
         assert any(word in line for line in head), f"{recipe}: its first lines must say {word}"

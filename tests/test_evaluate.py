@@ -12,13 +12,13 @@ import tiny
 from fake_model import FakeModel, context, stream
 from loop_helpers import example, model, texts
 from retain.adapters.bank import Mix
-from retain.evaluate import EvalOptions, Prediction, cell_key, evaluate, plan
 from retain.files import append_lines, read_jsonl
 from retain.method import Context, available, build
 from retain.metrics.scores import score
-from retain.store import empty
+from retain.run.evaluate import EvalOptions, Prediction, cell_key, evaluate, plan
+from retain.run.store import empty
+from retain.run.train import Optim, fit
 from retain.stream import Stream, Task
-from retain.train import Optim, fit
 from retain.types import Batch, RetainError
 from test_laws import SPECS, adapters
 

@@ -22,9 +22,9 @@ from retain.adapters.lora import LoraSpec
 from retain.method import Context, build
 from retain.metrics.scores import score
 from retain.models.hf import HFModel
-from retain.models.pocket import POCKET_DIR
+from retain.pocket import POCKET_DIR
+from retain.run.train import Optim, fit
 from retain.stream import Stream, Task
-from retain.train import Optim, fit
 
 GOLDEN = Path(__file__).parent / "golden"
 SPEC = LoraSpec(rank=8, alpha=16.0)
@@ -53,7 +53,7 @@ def tiny_losses() -> dict[str, Any]:
 
 def pocket_losses() -> dict[str, Any]:
     """Of the shipped pocket model on its first task."""
-    from retain.benchmarks.pocket import ORDER, task
+    from retain.pocket.stream import ORDER, task
 
     return curve(HFModel.load(POCKET_DIR, SPEC), task(ORDER[0], n_train=160, n_valid=8, n_test=8))
 

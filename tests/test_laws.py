@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from fake_model import FakeModel, context, stream
-from retain import continual
 from retain.adapters.kinds import Spec
 from retain.adapters.lora import LoraSpec
 from retain.adapters.moe import MoeSpec
 from retain.adapters.prompt import PromptSpec
-from retain.continual import Silent, run
 from retain.method import Method, Stack, available, build
-from retain.store import RunDir, load_state, save_state
-from retain.train import Optim
+from retain.run import continual
+from retain.run.continual import Silent, run
+from retain.run.store import RunDir, load_state, save_state
+from retain.run.train import Optim
 from retain.types import Conflict, RetainError, digest
 
 # One line per method, and stacks. Everything here must hold every law.

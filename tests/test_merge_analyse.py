@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from fake_runs import fake_run
 from retain import cli
-from retain.analyse.merge import robustness
 from retain.benchmarks import mm_mergebench as bench
+from retain.commands.analyse.merge import robustness
 from retain.merge.parts import Low, scaled, total
 from retain.report import summary
 from retain.report.html import write_report

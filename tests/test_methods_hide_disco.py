@@ -16,7 +16,6 @@ import tiny
 from fake_model import REQUESTS, FakeModel, context, example, stream
 from retain.adapters.bank import Mix
 from retain.adapters.lora import LoraSpec
-from retain.evaluate import _weights
 from retain.method import Context, Method
 from retain.methods import disco as disco_file
 from retain.methods import hide as hide_file
@@ -25,8 +24,9 @@ from retain.methods.disco import Disco, Token, activation, cosines, match, organ
 from retain.methods.hide import Hide, expansion
 from retain.methods.lora import Lora
 from retain.methods.lora_per_task import LoraPerTask
+from retain.run.evaluate import _weights
+from retain.run.train import Optim, fit
 from retain.stream import Stream, Task
-from retain.train import Optim, fit
 from retain.types import Batch, Guide, RetainError
 
 

@@ -15,7 +15,7 @@ from reference import llaca as reference
 from retain.method import Context, build
 from retain.methods import llaca
 from retain.methods.llaca import Five, Llaca, bounded_rates, official_rates, paper_rates, sums
-from retain.train import Optim, fit
+from retain.run.train import Optim, fit
 from retain.types import RetainError
 
 

@@ -11,7 +11,6 @@ import retain.methods._merging as merging
 from fake_model import FakeModel, context, stream
 from reference import merge as reference
 from retain.adapters.bank import Mix
-from retain.benchmarks.pocket_merge import pocket_merge
 from retain.merge import merger
 from retain.merge.parts import Low, split, truncated
 from retain.method import Stack, build
@@ -19,7 +18,8 @@ from retain.methods.cofima import CoFiMA
 from retain.methods.lorahub import LoraHub
 from retain.methods.merge_after_task import MergeAfterTask
 from retain.methods.merge_tasks import MergeTasks
-from retain.train import Optim, fit
+from retain.pocket.unseen import pocket_merge
+from retain.run.train import Optim, fit
 from retain.types import RetainError
 
 

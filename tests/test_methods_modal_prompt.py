@@ -15,8 +15,8 @@ from reference import prompts as reference
 from retain.adapters.prompt import PromptSpec
 from retain.method import Context, build
 from retain.methods.modal_prompt import ModalPrompt
+from retain.run.train import Optim, fit
 from retain.stream import Stream, Task
-from retain.train import Optim, fit
 from retain.types import Batch, Output, RetainError
 
 HOW = Optim(lr=2e-2, steps=4, batch_size=4, warmup=0)

@@ -15,7 +15,7 @@ from retain.adapters.bank import Mix
 from retain.merge.parts import split
 from retain.methods._parts import take
 from retain.methods.model_tailor import ModelTailor, _block, _change
-from retain.train import Optim, fit
+from retain.run.train import Optim, fit
 from retain.types import RetainError
 
 

@@ -15,7 +15,7 @@ from retain.method import Method, Stack, build
 from retain.methods._projection import grown, guarded, outside, project_grads, project_update
 from retain.methods.gpm import GPM, Reader
 from retain.methods.o_lora import OLora, overlap
-from retain.train import Optim, fit
+from retain.run.train import Optim, fit
 from retain.types import RetainError
 
 HOW = Optim(lr=2e-2, steps=8, batch_size=4, warmup=0.0)

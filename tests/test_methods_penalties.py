@@ -11,7 +11,7 @@ from retain.method import Stack, build
 from retain.methods.ema import Ema
 from retain.methods.ewc import EWC, Springs, add_spring
 from retain.methods.lwf import LwF, distillation
-from retain.train import Optim, fit
+from retain.run.train import Optim, fit
 
 
 def noise(*shape: int, seed: int) -> torch.Tensor:

@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 from fake_runs import fake_run
 from loop_helpers import model, stream
 from retain import cli
-from retain.config import load_plugin
-from retain.continual import Silent, run
+from retain.assemble import load_plugin
 from retain.method import REGISTRY, Context, Method, Stack, available, build, register
 from retain.report import summary
 from retain.report.html import write_report
 from retain.report.load import group, load_runs
-from retain.store import RunDir
-from retain.train import Optim
+from retain.run.continual import Silent, run
+from retain.run.store import RunDir
+from retain.run.train import Optim
 from retain.types import Batch, Output, RetainError
 
 OPTIM = Optim(lr=1e-2, steps=2, batch_size=4)

@@ -16,7 +16,7 @@ from retain.adapters.moe import STD_A, MoeLinear, MoeSpec
 from retain.adapters.peft_format import load_peft, merge_into_base, save_peft
 from retain.method import build
 from retain.models.hf import HFModel
-from retain.train import Optim, fit
+from retain.run.train import Optim, fit
 from retain.types import RetainError
 
 SPEC = MoeSpec(rank=6, alpha=12.0, experts=3, dense="")

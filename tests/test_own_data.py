@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import own_data
-from retain import export
 from retain.cli import app
-from retain.store import read_jsonl
+from retain.commands import export
+from retain.run.store import read_jsonl
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +130,7 @@ def test_a_merged_checkpoint_is_a_base_of_its_own(finished: tuple[Path, str], tm
 
 def test_plan_counts_what_the_run_then_does(finished: tuple[Path, str]) -> None:
     from retain import config
-    from retain.plan import make_plan
+    from retain.commands.plan import make_plan
 
     plan = make_plan(config.load(finished[0]), Path("nowhere"))
     fit = json.loads((finished[0].parent / "run/rows/01-colour/fit.json").read_text())

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from retain import plan
 from retain.adapters.bank import Mix
-from retain.benchmarks.pocket import pocket
-from retain.config import load, model_source
+from retain.assemble import model_source
+from retain.commands import plan
+from retain.config import load
 from retain.models.hf import HFModel
+from retain.pocket.stream import pocket
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "pocket" / "lora.yaml"
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from retain.benchmarks import pocket as bench
-from retain.data import pictures as pic
-from retain.models.pocket import POCKET_DIR, lessons, pocket_path
+from retain.pocket import stream as bench
+from retain.pocket import POCKET_DIR, lessons, pocket_path
+from retain.pocket import pictures as pic
 from retain.types import digest
 
 
@@ -186,7 +186,7 @@ def test_new_tasks_are_new(llava) -> None:
 def test_guide_puts_a_picture_nearest_its_own_caption(monkeypatch_module) -> None:
     from transformers import AutoTokenizer, CLIPModel
 
-    from retain.models.pocket.batches import pixels
+    from retain.pocket.batches import pixels
 
     clip = CLIPModel.from_pretrained(pocket_path() / "guide", dtype=torch.float32).eval()
     tok = AutoTokenizer.from_pretrained(pocket_path() / "guide")

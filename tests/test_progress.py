@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from retain.progress import Progress
-from retain.track import Off, open_tracker
+from retain.run.progress import Progress
+from retain.run.track import Off, open_tracker
 from retain.types import RetainError
 
 

@@ -15,8 +15,8 @@ import yaml
 from rich.console import Console
 
 from fake_runs import fake_run
-from retain.benchmarks.pocket import ORDER
 from retain.method import available, build
+from retain.pocket.stream import ORDER
 from retain.report import summary
 from retain.report.load import group, load_run, load_runs
 from retain.report.results import write_results

@@ -16,12 +16,12 @@ import pytest
 from crash import METHOD, OPTIM, SPEC, whole
 from fake_model import FakeModel, stream
 from loop_helpers import kept, losses, remains
-from retain.continual import Silent, run
-from retain.evaluate import EvalOptions
 from retain.method import build
-from retain.store import RunDir, read_jsonl
+from retain.run.continual import Silent, run
+from retain.run.evaluate import EvalOptions
+from retain.run.store import RunDir, read_jsonl
+from retain.run.train import Optim
 from retain.stream import Stream, Task
-from retain.train import Optim
 from retain.types import Batch, RetainError
 
 KILLED = 9

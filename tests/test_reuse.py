@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from loop_helpers import kept, model, stream
-from retain.continual import Silent, run
 from retain.method import Method, build
-from retain.store import RunDir, read_jsonl, read_record
-from retain.train import Optim
+from retain.run.continual import Silent, run
+from retain.run.store import RunDir, read_jsonl, read_record
+from retain.run.train import Optim
 from retain.types import RetainError
 
 OPTIM = Optim(lr=1e-2, steps=4, batch_size=4, log_every=2)

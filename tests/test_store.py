@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-import retain.store
+import retain.run.store
 from fake_model import FakeModel
 from retain.adapters.bank import Mix
 from retain.adapters.lora import LoraSpec
 from retain.files import append_lines, mend, read_jsonl, write_atomic, write_json, write_text
 from retain.method import build
-from retain.store import CheckpointDir, RunDir, differences, load_state, save_state, save_tensors
+from retain.run.store import CheckpointDir, RunDir, differences, load_state, save_state, save_tensors
 from retain.types import Example, Message, RetainError, digest
 
 SPEC = LoraSpec(rank=2, alpha=4.0)
@@ -76,7 +76,7 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
     with pytest.raises(RetainError, match="holds a Generator, which cannot be saved without pickle"):
         save_state(tmp_path / "state", {"rng": torch.Generator()})
     assert not list(tmp_path.iterdir())
-    source = Path(retain.store.__file__).read_text() + Path(retain.files.__file__).read_text()
+    source = Path(retain.run.store.__file__).read_text() + Path(retain.files.__file__).read_text()
     assert "import pickle" not in source and "torch.load" not in source and "torch.save" not in source
 
 

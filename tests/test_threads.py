@@ -18,13 +18,13 @@ from retain.adapters.kinds import Spec
 from retain.adapters.lora import LoraSpec
 from retain.adapters.moe import MoeSpec
 from retain.adapters.prompt import PromptSpec
-from retain.benchmarks.pocket import pocket
-from retain.continual import run
 from retain.method import build
 from retain.models.hf import HFModel
-from retain.models.pocket import pocket_path
-from retain.store import RunDir
-from retain.train import Optim
+from retain.pocket import pocket_path
+from retain.pocket.stream import pocket
+from retain.run.continual import run
+from retain.run.store import RunDir
+from retain.run.train import Optim
 
 LORA = LoraSpec(rank=16)
 SPECS: dict[str, tuple[Spec, Any]] = {

@@ -17,9 +17,9 @@ from loop_helpers import Fitted, Spy, close, fitted, model, stream
 from retain.adapters.lora import LoraSpec
 from retain.method import Context
 from retain.models.hf import HFModel
-from retain.store import CheckpointDir, empty
+from retain.run.store import CheckpointDir, empty
+from retain.run.train import Optim, batches, fit
 from retain.stream import Task
-from retain.train import Optim, batches, fit
 from retain.types import RetainError, digest
 
 OPTIM = Optim(lr=1e-3, steps=3, batch_size=8, warmup=0.0, log_every=2)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from retain.adapters.bank import AdapterBank, Mix
     from retain.adapters.lora import LoraSpec
-    from retain.continual import run
-    from retain.evaluate import EvalOptions
     from retain.method import Context, Method, Stack, available, build, register
     from retain.metrics.matrix import AccuracyMatrix
     from retain.models.hf import HFModel
-    from retain.store import RunDir
+    from retain.run.continual import run
+    from retain.run.evaluate import EvalOptions
+    from retain.run.store import RunDir
+    from retain.run.train import Optim, fit
     from retain.stream import Stream, Task
-    from retain.train import Optim, fit
     from retain.types import Batch, Conflict, Example, Guide, Message, Output, RetainError
 
 __version__ = "0.1.0"
@@ -24,14 +24,14 @@ __version__ = "0.1.0"
 _HOME = {
     "adapters.bank": ("AdapterBank", "Mix"),
     "adapters.lora": ("LoraSpec",),
-    "continual": ("run",),
-    "evaluate": ("EvalOptions",),
+    "run.continual": ("run",),
+    "run.evaluate": ("EvalOptions",),
     "method": ("Context", "Method", "Stack", "available", "build", "register"),
     "metrics.matrix": ("AccuracyMatrix",),
     "models.hf": ("HFModel",),
-    "store": ("RunDir",),
+    "run.store": ("RunDir",),
     "stream": ("Stream", "Task"),
-    "train": ("Optim", "fit"),
+    "run.train": ("Optim", "fit"),
     "types": ("Batch", "Conflict", "Example", "Guide", "Message", "Output", "RetainError"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}

@@ -91,8 +91,8 @@ def run(
     import numpy as np
 
     from retain import config
+    from retain.commands.run import start
     from retain.metrics import render
-    from retain.start import start
 
     r = config.load(recipe, overrides or [])
     matrix, main_process = start(r, quiet=quiet)
@@ -106,7 +106,7 @@ def run(
 @app.command()
 def methods() -> None:
     """Which methods there are, where they come from, which hooks they use."""
-    from retain.explain import method_rows
+    from retain.commands.explain import method_rows
     from retain.metrics import render
 
     render.show(method_rows())
@@ -116,10 +116,11 @@ def methods() -> None:
 def explain(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Which part of a recipe's method acts at which hook of the loop."""
     from retain import config
-    from retain.explain import hook_rows
+    from retain.assemble import build_method
+    from retain.commands.explain import hook_rows
     from retain.metrics import render
 
-    method = config.load(recipe, overrides or []).build_method()
+    method = build_method(config.load(recipe, overrides or []))
     render.show(hook_rows(method), f"{recipe}: the loop, and who acts where")
 
 
@@ -127,12 +128,12 @@ def explain(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Check a stream's data: images, ids, empty answers, duplicates, leakage, answers given away."""
     from retain import config
+    from retain.assemble import build_stream
     from retain.data.doctor import diagnose, finding_rows
     from retain.metrics import render
 
-    stream = config.load(
-        recipe, [*(overrides or []), "eval.split=test"]
-    ).build_stream()  # every split as it is
+    overrides = [*(overrides or []), "eval.split=test"]  # every split as it is
+    stream = build_stream(config.load(recipe, overrides))
     findings = diagnose(stream)
     if findings:
         render.show(finding_rows(findings))
@@ -146,8 +147,8 @@ def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Dry run: stages, samples, steps, parameters, estimated memory and time, before anything is loaded."""
     from retain import config
+    from retain.commands.plan import make_plan, stage_rows, total_rows
     from retain.metrics import render
-    from retain.plan import make_plan, stage_rows, total_rows
 
     made = make_plan(config.load(recipe, overrides or []))
     render.show(stage_rows(made), f"{recipe}: stages")
@@ -193,8 +194,8 @@ def evaluate(
     score: Annotated[str | None, typer.Option(help="another scorer than the recipe's")] = None,
 ) -> None:
     """Score the saved answers again, without training or generating; nothing is written."""
+    from retain.commands.evaluate import cell_rows, rescore
     from retain.metrics import render
-    from retain.rescore import cell_rows, rescore
 
     render.show(cell_rows(rescore(run_folder, tasks=task or (), after=after, scorer=score)))
 
@@ -212,7 +213,7 @@ def export(
     ] = False,
 ) -> None:
     """A stock PEFT adapter, or with --merged a plain HF checkpoint; logits are checked before and after."""
-    from retain.export import export as export_run
+    from retain.commands.export import export as export_run
 
     typer.echo(export_run(run_folder, to, after=after, adapter=adapter, merged=merged))
 
@@ -240,7 +241,7 @@ def merge(
     list_them: Annotated[bool, typer.Option("--list", help="print the mergers and end")] = False,
 ) -> None:
     """Several PEFT adapters in, one out, without training."""
-    from retain import merging
+    from retain.commands import merge as merging
     from retain.metrics import render
 
     words = adapters or []
@@ -268,7 +269,7 @@ def cka(
     ] = None,
 ) -> None:
     """How alike the models of the tasks are in each layer: which layers to route, which to sum."""
-    from retain.analyse import cka as of_layers
+    from retain.commands.analyse import cka as of_layers
     from retain.metrics import render
 
     found = of_layers.study(runs, samples)
@@ -291,7 +292,7 @@ def analyse_merge(
     out: Annotated[Path | None, typer.Option(help="default: merge.html (and .json) in the run")] = None,
 ) -> None:
     """What merging did to the adapters' directions: cosines, singular values, what is left, by layer."""
-    from retain.analyse import merge as of_directions
+    from retain.commands.analyse import merge as of_directions
     from retain.metrics import render
 
     found = of_directions.study(runs)

@@ -1,6 +1,6 @@
 """A YAML recipe and `key=value` overrides as typed values; an unknown key is an error that names the nearest.
 
-    recipe.yaml ─► plain dict ─► overrides ─► Recipe ─► build_model(), build_stream(), build_method()
+    recipe.yaml ─► plain dict ─► overrides ─► Recipe ─► retain.assemble
 
 Every message starts with the file (or the override) and the path of the key. Paths in a recipe are relative
 to the recipe. The reading itself, strict and by YAML 1.2, is in `retain.values`.
@@ -9,37 +9,26 @@ to the recipe. The reading itself, strict and by YAML 1.2, is in `retain.values`
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect
 import json
 import re
-import sys
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import import_module
+from functools import partial
 from pathlib import Path
-from pkgutil import iter_modules
-from typing import Any, Literal, get_type_hints
-
-import torch
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from retain import benchmarks
-from retain import method as methods
 from retain.adapters.kinds import KINDS, Spec
 from retain.data import read
-from retain.engine import Engine
-from retain.evaluate import EvalOptions
-from retain.method import Method
 from retain.metrics import score
-from retain.models.base import Model
-from retain.stream import Stream, Task
-from retain.track import TRACKERS
-from retain.train import Optim
+from retain.run.evaluate import EvalOptions
+from retain.run.track import TRACKERS
+from retain.run.train import Optim
 from retain.types import RetainError
 from retain.values import Plain, fill, kind, near, override, read_yaml, typed
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,47 +106,6 @@ class Recipe:
             "track": list(self.track),
             "reuse": str(self.reuse) if self.reuse else "",
         }
-
-    def build_method(self) -> Method:
-        """The stack that `method` describes, plugins registered first."""
-        for plugin in self.plugins:
-            load_plugin(plugin)
-        try:
-            return methods.build(self.method)
-        except RetainError as error:
-            raise type(error)(f"{self.path}: {error}") from None
-
-    def build_stream(self) -> Stream:
-        """The benchmark by name, or the user's own files, read and checked."""
-        where = f"{self.path}: stream"
-        if "tasks" in self.stream:
-            stream = _from_files(fill(FilesSpec, self.stream, where), where)
-        else:
-            stream = _benchmark(self.stream, where)
-        return stream.on_valid() if self.eval.split == "valid" else stream
-
-    def build_model(self, device: torch.device | None = None) -> Model:
-        """The base model with this recipe's adapters. A Hub id is the only thing ever downloaded."""
-        from transformers.utils import logging  # slow to import, and so is the next
-
-        from retain.models.hf import HFModel
-
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        spec = self.model
-        try:
-            return HFModel.load(
-                model_source(spec.name),
-                self.adapter,
-                dtype=DTYPES[spec.dtype],
-                device=device or Engine.start(spec.device).device,
-                family=spec.family,
-                guide=spec.guide,
-                max_length=spec.max_length,
-                truncate=spec.truncate,
-            )
-        except RetainError as error:
-            raise type(error)(f"{self.path}: {error}") from None
 
 
 # -- reading ---------------------------------------------------------------------------------------------
@@ -292,13 +240,13 @@ def _check_stream(stream: Plain, path: Path) -> None:
             raise RetainError(f"{where}.tasks: the list is empty; name at least one task")
         for i, task in enumerate([*spec.tasks, *spec.unseen]):
             for name in filter(None, (task.score, task.compat)):
-                _prefixed(f"{where}.tasks[{i}] ({task.name})", lambda name=name: score(name))
+                prefixed(f"{where}.tasks[{i}] ({task.name})", partial(score, name))
             if task.max_new_tokens < 1:
                 raise RetainError(
                     f"{where}.tasks[{i}].max_new_tokens: must be at least 1, not {task.max_new_tokens}"
                 )
     else:
-        _benchmark_call(stream, where)
+        benchmark_call(stream, where)
 
 
 def _adapter(data: Plain, where: str) -> Spec:
@@ -309,7 +257,8 @@ def _adapter(data: Plain, where: str) -> Spec:
     return fill(KINDS[name], {k: v for k, v in data.items() if k != "kind"}, where)
 
 
-def _prefixed(where: str, call: Any) -> Any:
+def prefixed(where: str, call: Callable[[], T]) -> T:
+    """What `call` gives; its RetainError says where in the recipe."""
     try:
         return call()
     except RetainError as error:
@@ -325,23 +274,6 @@ def _place(name: str, base: Path) -> str:
         candidate = root / Path(name).expanduser()
         if name != "pocket" and candidate.is_dir():
             return str(candidate.resolve())
-    return name
-
-
-def model_source(name: str) -> str:
-    """What to load: the shipped weights for `pocket`, a directory, or a Hub id (`owner/name`)."""
-    if name == "pocket":
-        from retain.models.pocket import pocket_path
-
-        try:
-            return str(pocket_path())
-        except FileNotFoundError as error:
-            raise RetainError(f"model: {error}") from None
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" not in name
-    if looks_local and not Path(name).expanduser().is_dir():
-        raise RetainError(
-            f"model: no directory {name!r}; write pocket, a model directory, or a Hub id as owner/name"
-        )
     return name
 
 
@@ -365,18 +297,9 @@ def _absolute(stream: Plain, base: Path) -> Plain:
     return {**stream, **lists, "image_root": root}
 
 
-# -- building --------------------------------------------------------------------------------------------
-
-
-def benchmark_names() -> list[str]:
-    """Modules of `retain.benchmarks` with a function of their own name, which returns a Stream."""
-    found = [m.name for m in iter_modules(benchmarks.__path__) if not m.name.startswith("_")]
-    return sorted(n for n in found if callable(getattr(import_module(f"retain.benchmarks.{n}"), n, None)))
-
-
-def _benchmark_call(stream: Plain, where: str) -> tuple[Any, Plain]:
+def benchmark_call(stream: Plain, where: str) -> tuple[Any, Plain]:
     """The benchmark's function and its checked options."""
-    names = benchmark_names()
+    names = benchmarks.names()
     if len(stream) != 1:
         known, others = [n for n in stream if n in names], [k for k in stream if k not in names]
         hint = f"; an option of {known[0]} is stream.{known[0]}.{others[0]}" if known and others else ""
@@ -389,7 +312,7 @@ def _benchmark_call(stream: Plain, where: str) -> tuple[Any, Plain]:
             f"{where}: no benchmark {name!r}{near(name, names)} (or give `tasks`: your own files)"
         )
     options = options or {}
-    make = getattr(import_module(f"retain.benchmarks.{name}"), name)
+    make = benchmarks.find(name)
     parameters, hints = inspect.signature(make).parameters, get_type_hints(make)
     if not isinstance(options, Mapping):
         raise RetainError(f"{where}.{name}: a mapping of options is needed, not {kind(options)}")
@@ -397,68 +320,3 @@ def _benchmark_call(stream: Plain, where: str) -> tuple[Any, Plain]:
         if key not in parameters:
             raise RetainError(f"{where}.{name}: no option {key!r}{near(key, parameters)}")
     return make, {k: typed(hints[k], v, f"{where}.{name}.{k}") for k, v in options.items()}
-
-
-def _benchmark(stream: Plain, where: str) -> Stream:
-    make, options = _benchmark_call(stream, where)
-    made: Stream = _prefixed(where, lambda: make(**options))
-    return made
-
-
-def _from_files(spec: FilesSpec, where: str) -> Stream:
-    """Read every file of every task; all images are checked before anything is trained."""
-
-    def examples(task: TaskSpec, split: str) -> Any:
-        name = getattr(task, split)
-        root = Path(task.image_root or spec.image_root)
-        return read.examples(Path(name), root, max_pixels=spec.max_pixels) if name else ()
-
-    def build(task: TaskSpec, at: str, learned: bool) -> Task:
-        needed = ("train", "test") if learned else ("test",)
-        for split in needed:
-            if not getattr(task, split):
-                raise RetainError(f"{at} ({task.name}): the key {split!r} is missing")
-        parts = {split: examples(task, split) for split in ("train", "test", "valid")}
-        for split in needed:
-            if not parts[split]:
-                raise RetainError(f"{at} ({task.name}): {split}: {getattr(task, split)} has no row")
-        compat = score(task.compat) if task.compat else None
-        return Task(
-            task.name,
-            **parts,
-            score=score(task.score),
-            max_new_tokens=task.max_new_tokens,
-            compat=compat,
-            about=task.about,
-        )
-
-    learned = [build(t, f"{where}.tasks[{i}]", True) for i, t in enumerate(spec.tasks)]
-    unseen = [build(t, f"{where}.unseen[{i}]", False) for i, t in enumerate(spec.unseen)]
-    made: Stream = _prefixed(where, lambda: Stream(spec.name, tuple(learned), tuple(unseen)))
-    return made
-
-
-def load_plugin(path: Path) -> None:
-    """Run a user's file once, so that its `@register`ed methods can be named."""
-    name = f"retain_plugin_{path.stem}"
-    known = sys.modules.get(name)
-    if known is not None and getattr(known, "__file__", None) == str(path):
-        return
-    found = importlib.util.spec_from_file_location(name, path)
-    if found is None or found.loader is None:
-        raise RetainError(f"plugins: {path} is no Python file")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses look their module up while it is being run
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
-        del sys.modules[name]
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        at = f"{path}:{lines[-1]}" if lines else str(path)
-        kind = "" if isinstance(error, RetainError) else f"{type(error).__name__}: "
-        raise RetainError(f"plugins: {at}: {kind}{error}") from None
-    classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == name]
-    idle = [c.__name__ for c in classes if issubclass(c, Method) and c not in methods.REGISTRY.values()]
-    if idle and not any(c in methods.REGISTRY.values() for c in classes):
-        del sys.modules[name]  # or a second try would pass over it
-        raise RetainError(f"plugins: {path}: class {idle[0]} is not registered; put @register above it")

@@ -9,21 +9,32 @@ over the key-value cache. Finished rows leave the cache, and the adapter mix, a 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from retain.adapters.bank import AdapterBank
 from retain.types import Batch
-
-if TYPE_CHECKING:
-    from retain.models.hf import HFModel
 
 KEPT = 0.75  # finished rows leave once so few are going on: to leave means to copy what the others have seen
 
 
-def greedy(model: HFModel, batch: Batch, max_new_tokens: int) -> list[list[int]]:
+class Decodes(Protocol):
+    """What greedy decoding needs of a model."""
+
+    adapters: AdapterBank
+    device: torch.device
+    eos: frozenset[int]
+
+    def placed(self, batch: Batch) -> Batch: ...
+    def cache(self, rows: int, room: int) -> Any: ...
+    def prefill(self, batch: Batch, cache: Any) -> Tensor: ...
+    def decode(self, token_B: Tensor, position_B: Tensor, mask_BS: Tensor | None, cache: Any) -> Tensor: ...
+
+
+def greedy(model: Decodes, batch: Batch, max_new_tokens: int) -> list[list[int]]:
     """The most likely next token until EOS (left out) or `max_new_tokens`; token ids per sample.
 
     `batch` must be padded on the left (`collate(..., answers=False)`).

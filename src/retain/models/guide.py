@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,20 +23,36 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 
 from retain.models.cache import ByteLRU
-from retain.models.encode import open_image
+from retain.models.encode import Encoder, open_image
+from retain.models.family import Family
 from retain.models.load import where
 from retain.types import Batch, Example, Guide, RetainError
 
-if TYPE_CHECKING:
-    from retain.models.hf import HFModel
-
 GuideSource = str | Path | None
+
+
+class Featured(Protocol):
+    """What guide features need of a model."""
+
+    hf: Any
+    processor: Any
+    device: torch.device
+    eos: frozenset[int]
+    family: Family
+    encode: Encoder
+
+    @property
+    def frozen_tower(self) -> bool: ...
+    @property
+    def embed(self) -> torch.nn.Module: ...
+    def collate(self, examples: Sequence[Example], *, answers: bool) -> Batch: ...
+    def tower_features(self, batch: Batch) -> list[Tensor]: ...
 
 
 class Guider:
     """Guide features of a model's examples; a CLIP model is loaded when features are first asked for."""
 
-    def __init__(self, model: HFModel, source: GuideSource, budget: int = 1 << 27) -> None:
+    def __init__(self, model: Featured, source: GuideSource, budget: int = 1 << 27) -> None:
         self._model = weakref.ref(model)
         self.source = source
         self._clip: _Clip | None = None
@@ -107,7 +124,7 @@ class Guider:
         embedded: Tensor = table(torch.tensor(ids, device=base.device))
         return embedded.float().mean(0).cpu()
 
-    def _base(self) -> HFModel:
+    def _base(self) -> Featured:
         model = self._model()
         assert model is not None
         return model

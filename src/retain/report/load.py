@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from retain.metrics import AccuracyMatrix
-from retain.store import FORMAT, TUNED, RunDir, read_json, read_jsonl
-from retain.store import Row as RowDir
+from retain.run.store import FORMAT, TUNED, RunDir, read_json, read_jsonl
+from retain.run.store import Row as RowDir
 from retain.types import RetainError
 
 ZERO_SHOT = "zero_shot"

@@ -16,9 +16,10 @@ from retain import config
 from retain.adapters.bank import Mix
 from retain.adapters.lora import LoraSpec
 from retain.adapters.peft_format import load_peft, merge_into_base, save_peft
+from retain.assemble import build_method, build_model, model_source
 from retain.config import Recipe
 from retain.models.base import Model
-from retain.store import Row, RunDir
+from retain.run.store import Row, RunDir
 from retain.types import Batch, Example, Message, RetainError
 
 TOLERANCE = 1e-3
@@ -34,7 +35,7 @@ def export(
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RetainError(f"{to} exists and is not empty; choose another folder with --to")
     row = _row(run, after)
-    model = recipe.build_model()
+    model = build_model(recipe)
     row.load_model(model.adapters, None)
     mix = _mix(model, adapter)
     model.train(False)
@@ -45,7 +46,7 @@ def export(
     if merged:
         worst = merge_into_base(model, mix, to, [batch])
     else:
-        save_peft(model.adapters, mix, to, config.model_source(recipe.model.name))
+        save_peft(model.adapters, mix, to, model_source(recipe.model.name))
         worst = _difference(recipe, to, batch, wanted)
     if not worst <= TOLERANCE * max(scale, 1.0):
         raise RetainError(
@@ -79,7 +80,7 @@ def _mix(model: Model, adapter: str | None) -> Mix:
 
 def _router_note(recipe: Recipe) -> str:
     """A routed method chooses per sample, which a stock adapter cannot carry: say so."""
-    owners = recipe.build_method().owns("route")
+    owners = build_method(recipe).owns("route")
     if not owners:
         return ""
     return f"\nnote: {owners[0]} routes per sample; this folder holds one fixed mix, not the router"
@@ -101,7 +102,7 @@ def _difference(recipe: Recipe, folder: Path, batch: Batch, wanted: torch.Tensor
     written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert isinstance(recipe.adapter, LoraSpec), "save_peft refuses other kinds"
     spec = replace(recipe.adapter, rank=int(written["r"]), alpha=float(written["lora_alpha"]))
-    fresh = replace(recipe, adapter=spec).build_model()
+    fresh = build_model(replace(recipe, adapter=spec))
     load_peft(fresh.adapters, "exported", folder)
     fresh.train(False)
     with torch.no_grad(), fresh.adapters.using(Mix({"exported": 1.0})):

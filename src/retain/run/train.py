@@ -21,9 +21,9 @@ from torch import Tensor
 
 from retain.adapters.bank import AdapterBank, Mix
 from retain.adapters.prompt import tokens_in_front
-from retain.engine import Engine, autocast, peak_memory
 from retain.method import Context, Method, answer
 from retain.models.base import Model
+from retain.run.engine import Engine, autocast, peak_memory
 from retain.types import Batch, Examples, RetainError, digest
 
 
@@ -104,14 +104,14 @@ class FitStats:
 
 
 class Checkpoints(Protocol):
-    """Where `fit` leaves its state every `checkpoint_every` steps; `retain.store` gives one."""
+    """Where `fit` leaves its state every `checkpoint_every` steps; `retain.run.store` gives one."""
 
     def load(self) -> dict[str, Any] | None: ...
     def save(self, state: dict[str, Any]) -> None: ...
 
 
 class Tuned(Protocol):
-    """Where the steps of tasks are kept for other runs, by a hash of all they depend on; `retain.store` gives one."""
+    """Where the steps of tasks are kept for other runs, by a hash of all they depend on; `retain.run.store` gives one."""
 
     def load(self, key: str) -> dict[str, Any] | None: ...
     def save(self, key: str, state: dict[str, Any]) -> None: ...

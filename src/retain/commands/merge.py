@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retain.config import model_source
+from retain.assemble import model_source
 from retain.merge.base import KEEP, Keep, available_mergers, merger
 from retain.merge.folders import Summary, merge_checkpoint, merge_folders
 from retain.types import RetainError

@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 
 from retain import config
+from retain.assemble import build_model, build_stream
 from retain.files import write_json, write_text
 from retain.report import figures
 from retain.report.html import page
-from retain.store import RunDir
+from retain.run.store import RunDir
 from retain.stream import Stream
 from retain.types import Example, RetainError
 
@@ -136,7 +137,7 @@ def study(folders: Sequence[Path], samples: int = 50, batch_size: int = 16) -> S
     for folder in folders:
         run = RunDir.read(folder)
         recipe = config.parse(run.config, run.path / "config.yaml")
-        stream, model = recipe.build_stream(), recipe.build_model()
+        stream, model = build_stream(recipe), build_model(recipe)
         tasks, base = tasks or [t.name for t in stream], base or model.fingerprint()
         if model.fingerprint() != base or [t.name for t in stream] != tasks:
             raise RetainError(f"{folder}: its base model or its tasks are not those of {folders[0]}")

@@ -5,25 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from retain import continual
+from retain.assemble import build_method, build_model, build_stream
 from retain.config import Recipe
-from retain.engine import Engine
 from retain.metrics import AccuracyMatrix
 from retain.models.base import Model
-from retain.progress import Progress
-from retain.store import RunDir
+from retain.run import continual
+from retain.run.engine import Engine
+from retain.run.progress import Progress
+from retain.run.store import RunDir
+from retain.run.track import Tracker, open_tracker
 from retain.stream import Stream
-from retain.track import Tracker, open_tracker
 
 
 def start(recipe: Recipe, *, quiet: bool = False) -> tuple[AccuracyMatrix, bool]:
     """Run a recipe, or continue it; returns the matrix, and whether this process should print it."""
     engine = Engine.start(recipe.model.device)
     resolved = recipe.resolved()
-    method = recipe.build_method()
+    method = build_method(recipe)
     old = RunDir.open(recipe.out, resolved, main=False)  # refuses a folder of another recipe, creates nothing
-    stream = recipe.build_stream()
-    model = recipe.build_model(engine.device)
+    stream = build_stream(recipe)
+    model = build_model(recipe, engine.device)
     parts = (recipe.optim, recipe.eval, old, engine, continual.Silent(), recipe.seed)
     continual.check(continual.Running(model, stream, method, *parts))
     if not old.done:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from retain.benchmarks.pocket import task
+from retain.pocket.stream import task
 from retain.stream import Stream
 
 SEEN = ("captions", "boxes", "charts", "garments", "counting", "distortion")

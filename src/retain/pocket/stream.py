@@ -3,7 +3,7 @@
 Made here in the manner of CoIN (Chen et al., NeurIPS 2024, arXiv:2403.08350) and UCIT (Guo et al., ACL 2025,
 arXiv:2503.12941): one perception domain and one question a task, some tasks sharing an answer-format line.
 What is asked of a picture is new to the base model: it knows a sneaker, but not on which shelf this shop puts
-sneakers. Images come from sources that the base never saw (see `retain.data.pictures.pool`); train, valid and
+sneakers. Images come from sources that the base never saw (see `retain.pocket.pictures.pool`); train, valid and
 test share no image. `docs/pocket.md` is the card, with measured figures.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from retain.data import pictures as pic
 from retain.metrics.scores import score
+from retain.pocket import pictures as pic
 from retain.stream import Stream, Task
 from retain.types import Example, Message, RetainError
 

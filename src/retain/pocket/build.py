@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from retain.data import pictures
-from retain.models.pocket import lessons
+from retain.pocket import lessons, pictures
 
 PATCH = 8
 IMAGE_TOKENS = (pictures.SIZE // PATCH) ** 2

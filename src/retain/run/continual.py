@@ -26,22 +26,22 @@ import torch
 from safetensors import safe_open
 
 from retain.adapters.prompt import tokens_in_front
-from retain.engine import Engine, peak_memory
-from retain.evaluate import EvalOptions, cell_key, evaluate, plan
 from retain.files import read_jsonl, read_record, write_json, write_jsonl, write_text
 from retain.method import Context, Method
 from retain.metrics.matrix import AccuracyMatrix
 from retain.models.base import Model
-from retain.store import Row, RunDir, TunedDir, differences, empty, safe
+from retain.run.engine import Engine, peak_memory
+from retain.run.evaluate import EvalOptions, cell_key, evaluate, plan
+from retain.run.store import Row, RunDir, TunedDir, differences, empty, safe
+from retain.run.train import FitStats, Optim, fit
 from retain.stream import Stream, Task
-from retain.train import FitStats, Optim, fit
 from retain.types import Examples, RetainError, digest
 
 PACKAGES = ("retain", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow")
 
 
 class Watcher(Protocol):
-    """What shows progress; `retain.progress.Progress` does it in a terminal."""
+    """What shows progress; `retain.run.progress.Progress` does it in a terminal."""
 
     def stage(self, task: str, n_steps: int) -> None: ...
     def step(self, i: int, loss: float) -> None: ...
@@ -102,7 +102,7 @@ def run(
     Returns the matrix; the folder holds everything else. Adapters that the model's bank holds are removed
     first. A finished run is only read; one made with other settings, data or code of a method is refused.
     `reuse` is a folder that runs share: a task that was tuned there from the same start, with nothing of a method
-    between the steps, is not tuned again (`retain.train.tuned_key`).
+    between the steps, is not tuned again (`retain.run.train.tuned_key`).
     Raises `RetainError` before anything is written if the method or the data cannot run here.
     """
     engine = engine or Engine()

@@ -24,12 +24,13 @@ from statistics import fmean
 from retain import config
 from retain.adapters.lora import LoraLinear
 from retain.adapters.peft_format import CONFIG
+from retain.assemble import build_model
 from retain.files import write_json, write_text
 from retain.merge.folders import change, open_all
 from retain.merge.parts import Low, Part, svd, total
 from retain.report import figures
 from retain.report.html import page
-from retain.store import RunDir
+from retain.run.store import RunDir
 from retain.types import RetainError
 
 MEASURES = ("cosine", "ratio", "kept")
@@ -122,7 +123,7 @@ def _run(folder: Path) -> tuple[list[str], list[tuple[str, list[Part], Part]]]:
     rows = [row for row in run.rows() if row.trained]
     if not rows:
         raise RetainError(f"{folder}: no trained row yet")
-    bank = config.parse(run.config, run.path / "config.yaml").build_model().adapters
+    bank = build_model(config.parse(run.config, run.path / "config.yaml")).adapters
     rows[-1].load_model(bank, None)
     on = {n: float(w) for n, w in bank.mix.weights.items()}
     singles = [n for n in bank.names if n not in on]

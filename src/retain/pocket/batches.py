@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retain.data.pictures import SIZE
-from retain.models.pocket import lessons
-from retain.models.pocket.build import IMAGE_TOKENS, PATCH, tokenizer
+from retain.pocket import lessons
+from retain.pocket.build import IMAGE_TOKENS, PATCH, tokenizer
+from retain.pocket.pictures import SIZE
 
 MEAN, STD = 0.5, 0.25
 

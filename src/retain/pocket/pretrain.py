@@ -1,6 +1,6 @@
 """Trains the pocket base model from scratch on a CPU: a tower, a language model, then a LLaVA of both.
 
-    RUN="python -m retain.models.pocket.pretrain --out DIR"
+    RUN="python -m retain.pocket.pretrain --out DIR"
     $RUN --stage tower --minutes 16 --ranks 2   # which words are marked at each patch
     $RUN --stage text  --minutes 8              # text exercises
     $RUN --stage joint --minutes 73 --ranks 2   # the LLaVA
@@ -44,8 +44,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from retain.models.pocket import lessons
-from retain.models.pocket.batches import (
+from retain.pocket import lessons
+from retain.pocket.batches import (
     Encoder,
     Packed,
     clip_batch,
@@ -54,7 +54,7 @@ from retain.models.pocket.batches import (
     text_batch,
     tower_batch,
 )
-from retain.models.pocket.build import IMAGE_TOKENS, clip_config, export, llava_config
+from retain.pocket.build import IMAGE_TOKENS, clip_config, export, llava_config
 
 PREFIX = 1 + IMAGE_TOKENS
 MARKS = 0.2

@@ -16,6 +16,6 @@ def pocket_path() -> Path:
     """Folder of the shipped checkpoint; an error that says what to do where it is missing."""
     if not (POCKET_DIR / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"{POCKET_DIR} has no model.safetensors: reinstall, or train it (models/pocket/pretrain.py)"
+            f"{POCKET_DIR} has no model.safetensors: reinstall, or train it (pocket/pretrain.py)"
         )
     return POCKET_DIR

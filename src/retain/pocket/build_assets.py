@@ -1,6 +1,6 @@
-"""Builds the pocket's picture sources in `data/assets/` from packages of free data; run once, by hand.
+"""Builds the pocket's picture sources in `pocket/assets/` from packages of free data; run once, by hand.
 
-    python -m retain.data.build_assets --emoji DIR --fashion DIR
+    python -m retain.pocket.build_assets --emoji DIR --fashion DIR
 
 Needs the dev extras (matplotlib for its fonts, scikit-image and scikit-learn for photographs and digits), the
 unpacked npm package `emoji-datasource-google` and the Debian package `dataset-fashion-mnist`. What the

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from retain import config
-from retain.evaluate import score as score_answers
+from retain.assemble import build_stream
 from retain.metrics import score
-from retain.store import Row, RunDir, read_jsonl
+from retain.run.evaluate import score as score_answers
+from retain.run.store import Row, RunDir, read_jsonl
 from retain.stream import Task
 from retain.types import RetainError
 
@@ -32,7 +33,7 @@ def rescore(
 ) -> list[Cell]:
     """Every finished cell of the run, or only some tasks and one row."""
     run = RunDir.read(folder)
-    stream = config.parse(run.config, run.path / "config.yaml").build_stream()
+    stream = build_stream(config.parse(run.config, run.path / "config.yaml"))
     chosen = [stream.named(name) for name in tasks] or list(stream.all)
     if scorer:
         chosen = [replace(task, score=score(scorer), compat=None) for task in chosen]

@@ -1,7 +1,7 @@
 """What the pocket base model is trained on: pictures with generic questions, and text-only exercises.
 
 Each lesson draws one picture from `base` sources and returns it with a caption and every question it can
-answer. The stream of `retain.benchmarks.pocket` uses other images, other wordings and other mappings; its
+answer. The stream of `retain.pocket.stream` uses other images, other wordings and other mappings; its
 answer words appear here only as text to be copied, so that a new task is a new question and not a new
 alphabet.
 """
@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from numpy.random import Generator
 
-from retain.data import pictures as pic
+from retain.pocket import pictures as pic
 
 QA = tuple[str, str]
 LETTERS = "ABCDEF"

@@ -20,16 +20,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from retain.adapters.kinds import attach
-from retain.config import Recipe, model_source
-from retain.engine import Engine
+from retain.assemble import build_method, build_stream, model_source
+from retain.config import Recipe
 from retain.models.encode import Encoder
 from retain.models.family import family_of
 from retain.models.guide import GuideSource, prototype_width
 from retain.models.load import eos_ids, load_processor, where
 from retain.report.summary import count, duration, size
-from retain.store import RunDir
+from retain.run.engine import Engine
+from retain.run.store import RunDir
+from retain.run.train import Optim
 from retain.stream import Task
-from retain.train import Optim
 from retain.types import Example, RetainError
 
 SAMPLED = 24  # examples per task whose tokens are counted
@@ -92,7 +93,7 @@ class RunPlan:
 
 def make_plan(recipe: Recipe, runs: Path = Path("runs")) -> RunPlan:
     """Plan a recipe. Data files are read and checked; of the model only config and processor are."""
-    method, stream = recipe.build_method(), recipe.build_stream()
+    method, stream = build_method(recipe), build_stream(recipe)
     hf, processor = _skeleton(recipe)
     encode = _encoder(hf, processor, recipe)
     lengths = {task.name: _length(encode, task) for task in [*method.stages(stream), *stream.all]}
@@ -187,7 +188,9 @@ def _stage(
 ) -> Stage:
     steps = optim.n_steps(len(task.train))
     samples = steps * optim.batch_size if optim.steps is not None else round(len(task.train) * optim.epochs)
-    per_token = 4 * shape.language + 6 * shape.trainable  # as the budget of a run counts (retain.continual)
+    per_token = (
+        4 * shape.language + 6 * shape.trainable
+    )  # as the budget of a run counts (retain.run.continual)
     whole = tokens + front
     return Stage(task.name, samples, steps, whole, answer, per_token * whole * samples, row)
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from retain.adapters.bank import Mix
-from retain.engine import Engine, autocast
 from retain.files import append_lines, mend, read_jsonl
 from retain.method import Context, Method
 from retain.models.base import Model
+from retain.run.engine import Engine, autocast
 from retain.stream import Task
 from retain.types import RetainError, digest
 

@@ -1,0 +1,152 @@
+"""What a recipe says, made: its model, its stream, its method.
+
+    Recipe ─► build_model(), build_stream(), build_method()
+
+`retain.config` reads and refuses; here nothing is decided. Errors name the recipe's file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retain import method as methods
+from retain.config import FilesSpec, Recipe, TaskSpec, benchmark_call, prefixed
+from retain.data import read
+from retain.method import Method
+from retain.metrics import score
+from retain.models.base import Model
+from retain.run.engine import Engine
+from retain.stream import Stream, Task
+from retain.types import RetainError
+from retain.values import Plain, fill
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_method(recipe: Recipe) -> Method:
+    """The stack that `method` describes, plugins registered first."""
+    for plugin in recipe.plugins:
+        load_plugin(plugin)
+    return prefixed(f"{recipe.path}", lambda: methods.build(recipe.method))
+
+
+def build_stream(recipe: Recipe) -> Stream:
+    """The benchmark by name, or the user's own files, read and checked."""
+    where = f"{recipe.path}: stream"
+    if "tasks" in recipe.stream:
+        stream = _from_files(fill(FilesSpec, recipe.stream, where), where)
+    else:
+        stream = _benchmark(recipe.stream, where)
+    return stream.on_valid() if recipe.eval.split == "valid" else stream
+
+
+def build_model(recipe: Recipe, device: torch.device | None = None) -> Model:
+    """The base model with this recipe's adapters. A Hub id is the only thing ever downloaded."""
+    from transformers.utils import logging  # slow to import, and so is the next
+
+    from retain.models.hf import HFModel
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    spec = recipe.model
+    return prefixed(
+        f"{recipe.path}",
+        lambda: HFModel.load(
+            model_source(spec.name),
+            recipe.adapter,
+            dtype=DTYPES[spec.dtype],
+            device=device or Engine.start(spec.device).device,
+            family=spec.family,
+            guide=spec.guide,
+            max_length=spec.max_length,
+            truncate=spec.truncate,
+        ),
+    )
+
+
+def model_source(name: str) -> str:
+    """What to load: the shipped weights for `pocket`, a directory, or a Hub id (`owner/name`)."""
+    if name == "pocket":
+        from retain.pocket import pocket_path
+
+        try:
+            return str(pocket_path())
+        except FileNotFoundError as error:
+            raise RetainError(f"model: {error}") from None
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" not in name
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise RetainError(
+            f"model: no directory {name!r}; write pocket, a model directory, or a Hub id as owner/name"
+        )
+    return name
+
+
+def _benchmark(stream: Plain, where: str) -> Stream:
+    make, options = benchmark_call(stream, where)
+    made: Stream = prefixed(where, lambda: make(**options))
+    return made
+
+
+def _from_files(spec: FilesSpec, where: str) -> Stream:
+    """Read every file of every task; all images are checked before anything is trained."""
+
+    def examples(task: TaskSpec, split: str) -> Any:
+        name = getattr(task, split)
+        root = Path(task.image_root or spec.image_root)
+        return read.examples(Path(name), root, max_pixels=spec.max_pixels) if name else ()
+
+    def build(task: TaskSpec, at: str, learned: bool) -> Task:
+        needed = ("train", "test") if learned else ("test",)
+        for split in needed:
+            if not getattr(task, split):
+                raise RetainError(f"{at} ({task.name}): the key {split!r} is missing")
+        parts = {split: examples(task, split) for split in ("train", "test", "valid")}
+        for split in needed:
+            if not parts[split]:
+                raise RetainError(f"{at} ({task.name}): {split}: {getattr(task, split)} has no row")
+        compat = score(task.compat) if task.compat else None
+        return Task(
+            task.name,
+            **parts,
+            score=score(task.score),
+            max_new_tokens=task.max_new_tokens,
+            compat=compat,
+            about=task.about,
+        )
+
+    learned = [build(t, f"{where}.tasks[{i}]", True) for i, t in enumerate(spec.tasks)]
+    unseen = [build(t, f"{where}.unseen[{i}]", False) for i, t in enumerate(spec.unseen)]
+    made: Stream = prefixed(where, lambda: Stream(spec.name, tuple(learned), tuple(unseen)))
+    return made
+
+
+def load_plugin(path: Path) -> None:
+    """Run a user's file once, so that its `@register`ed methods can be named."""
+    name = f"retain_plugin_{path.stem}"
+    known = sys.modules.get(name)
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise RetainError(f"plugins: {path} is no Python file")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # dataclasses look their module up while it is being run
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file raises
+        del sys.modules[name]
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        at = f"{path}:{lines[-1]}" if lines else str(path)
+        kind = "" if isinstance(error, RetainError) else f"{type(error).__name__}: "
+        raise RetainError(f"plugins: {at}: {kind}{error}") from None
+    classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == name]
+    idle = [c.__name__ for c in classes if issubclass(c, Method) and c not in methods.REGISTRY.values()]
+    if idle and not any(c in methods.REGISTRY.values() for c in classes):
+        del sys.modules[name]  # or a second try would pass over it
+        raise RetainError(f"plugins: {path}: class {idle[0]} is not registered; put @register above it")
