@@ -65,7 +65,7 @@ class FakeModel(nn.Module):
     def _prompt(self, example: Example) -> list[int]:
         return [word_id(w) for m in example.prompt for w in m.text.split()]
 
-    def collate(self, examples: Sequence[Example], *, answers: bool) -> Batch:
+    def collate(self, examples: Sequence[Example], *, answers: bool, turns: str = "all") -> Batch:
         rows, labels = [], []
         for e in examples:
             prompt = self._prompt(e)

@@ -23,7 +23,11 @@ TOLERANCE = 1e-4  # logits of size ~5 in fp32: sums in another order
 
 def plain_logits(hf: Any, model: HFModel, batch: Any) -> torch.Tensor:
     """Logits of a plain (or PEFT-wrapped) Hugging Face model at the answer positions, by its own forward."""
-    inputs = dict(batch.inputs) | model._pixels([model.encode(e) for e in batch.examples], batch.examples)
+    each = [
+        model.encode.image(ref, name)
+        for ref, name in zip(batch.meta["images"], batch.meta["image_ids"], strict=True)
+    ]
+    inputs = dict(batch.inputs) | {k: torch.cat([p[k] for p in each]) for k in each[0]}
     inputs.pop("position_ids", None)
     if model.family.grid_rope:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.encode.image_token_id).int()

@@ -30,13 +30,16 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from retain.adapters.bank import Mix
 from retain.adapters.kinds import Spec
 from retain.adapters.lora import LoraSpec
 from retain.models.hf import HFModel
-from retain.models.load import PlainProcessor
+from retain.models.load import NoVideo, without_video
 from retain.types import Example, Message
 
 FAMILIES = ("llava", "qwen2_5_vl", "idefics3", "qwen3_vl", "internvl")
@@ -142,14 +145,14 @@ def llava(
     return _build(config, seed), processor
 
 
-def _qwen_processor(tok: PreTrainedTokenizerFast) -> PlainProcessor:
+def _qwen_processor(tok: PreTrainedTokenizerFast, kind: Any) -> Any:
     images = Qwen2VLImageProcessorPil(
         patch_size=7,
         merge_size=2,
         temporal_patch_size=2,
         size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56},
     )
-    return PlainProcessor(tok, images, QWEN_TEMPLATE, "<|image_pad|>")
+    return without_video(kind)(images, tok, NoVideo(), chat_template=QWEN_TEMPLATE)
 
 
 def qwen2_5_vl(seed: int = 0) -> tuple[Any, Any]:
@@ -168,7 +171,7 @@ def qwen2_5_vl(seed: int = 0) -> tuple[Any, Any]:
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
-    return _build(config, seed), _qwen_processor(tok)
+    return _build(config, seed), _qwen_processor(tok, Qwen2_5_VLProcessor)
 
 
 def qwen3_vl(seed: int = 0, layers: int = 2) -> tuple[Any, Any]:
@@ -187,7 +190,7 @@ def qwen3_vl(seed: int = 0, layers: int = 2) -> tuple[Any, Any]:
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
-    return _build(config, seed), _qwen_processor(tok)
+    return _build(config, seed), _qwen_processor(tok, Qwen3VLProcessor)
 
 
 def qwen2_vl(seed: int = 0) -> tuple[Any, Any]:
@@ -231,7 +234,10 @@ def internvl(seed: int = 0, text: str = "qwen2", **more: Any) -> tuple[Any, Any]
         image_token_id=tok.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
     )  # fmt: skip
     images = GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, min_patches=1, max_patches=4)
-    return _build(config, seed), PlainProcessor(tok, images, INTERNVL_TEMPLATE, "<IMG_CONTEXT>", 4)
+    make = without_video(InternVLProcessor)
+    return _build(config, seed), make(
+        images, tok, NoVideo(), image_seq_length=4, chat_template=INTERNVL_TEMPLATE
+    )
 
 
 def idefics3(seed: int = 0) -> tuple[Any, Any]:

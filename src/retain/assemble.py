@@ -66,6 +66,7 @@ def build_model(recipe: Recipe, device: torch.device | None = None) -> Model:
             guide=spec.guide,
             max_length=spec.max_length,
             truncate=spec.truncate,
+            square=spec.square,
         ),
     )
 

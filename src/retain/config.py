@@ -13,7 +13,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -35,7 +35,9 @@ T = TypeVar("T")
 class ModelSpec:
     """Which base model: `pocket` (in the package), a directory, or a Hub id; and how it is loaded.
 
-    `guide` names a second model directory whose frozen features routers compare; None: the model's own.
+    `guide` names a second model directory whose frozen features routers compare; None: the model's own. `square`:
+    `pad` pads pictures to a square before the processor sees them, as LLaVA-1.5 was trained; `crop` leaves them to
+    the processor, which for LLaVA-1.5 cuts the longer sides off.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ModelSpec:
     device: str = "auto"
     max_length: int | None = None
     truncate: bool = False
+    square: Literal["crop", "pad"] = "crop"
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,11 @@ class Recipe:
         """Every value as plain data with absolute paths: `parse` makes the same recipe from it anywhere."""
         kind = self.adapter.kind
         return {
-            "model": asdict(self.model),
+            "model": _unlike(self.model, "square"),
             "adapter": ({} if kind == "lora" else {"kind": kind}) | asdict(self.adapter),
             "stream": self.stream,
             "method": self.method,
-            "optim": asdict(self.optim),
+            "optim": _unlike(self.optim, "turns"),
             "eval": asdict(self.eval),
             "seed": self.seed,
             "out": str(self.out),
@@ -106,6 +109,15 @@ class Recipe:
             "track": list(self.track),
             "reuse": str(self.reuse) if self.reuse else "",
         }
+
+
+def _unlike(spec: Any, *later: str) -> Plain:
+    """A part of the recipe as plain data; keys that came later only where they differ from their default.
+
+    So a run folder written before there was the key is that of the same recipe.
+    """
+    defaults = {f.name: f.default for f in fields(spec)}
+    return {k: v for k, v in asdict(spec).items() if k not in later or v != defaults[k]}
 
 
 # -- reading ---------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ import torch
 from torch import Generator, Tensor
 
 from retain.adapters.bank import Mix
-from retain.models.base import Model
+from retain.models.base import Model, Turns
 from retain.stream import Stream, Task
 from retain.types import Batch, Conflict, Examples, Output, RetainError
 
@@ -51,7 +51,8 @@ def _silent(**_: Any) -> None: ...
 class Context:
     """What hooks may read. Only the trainer writes it.
 
-    `seen` are the names of the tasks learned before this one; `step` counts optimizer steps of this task from 0.
+    `seen` are the names of the tasks learned before this one; `step` counts optimizer steps of this task from 0;
+    `turns` says which answers of a conversation are learned, for a method that collates batches of its own.
     """
 
     model: Model
@@ -63,6 +64,7 @@ class Context:
     step: int = 0
     n_steps: int = 0
     batch_size: int = 16
+    turns: Turns = "all"
 
     def rng(self, who: str) -> Generator:
         """A fresh generator from (seed, task, who): nothing is shared, so switching a part off leaves others as they are."""

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,11 +38,32 @@ class Conflict(RetainError):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `images` counts how many of the example's images, in order, are shown before the text of this turn."""
+    """One turn. `images` counts how many of the example's images, in order, are shown in it.
+
+    `at` says where: offsets into `text`, ascending, one per image. Without it all stand before the text.
+    """
 
     role: Role
     text: str
     images: int = 0
+    at: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        fits = len(self.at) == self.images and list(self.at) == sorted(self.at)
+        if self.at and not (fits and self.at[0] >= 0 and self.at[-1] <= len(self.text)):
+            raise RetainError(
+                f"message {self.text[:40]!r}: {self.images} images need as many ascending offsets into its "
+                f"{len(self.text)} characters, not {list(self.at)}"
+            )
+
+    def parts(self) -> tuple[str | None, ...]:
+        """The turn in its order: a text, or None where an image stands. Empty texts are left out."""
+        if not self.at:
+            return (*[None] * self.images, *([self.text] if self.text else []))
+        cuts = [0, *self.at, len(self.text)]
+        texts = [self.text[a:b] for a, b in pairwise(cuts)]
+        mixed = [part for text in texts[:-1] for part in (text, None)] + [texts[-1]]
+        return tuple(part for part in mixed if part is None or part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +111,8 @@ def digest(value: Any) -> str:
 
     def eat(v: Any) -> None:
         if isinstance(v, Example):
-            eat([v.id, [[m.role, m.text, m.images] for m in v.messages], list(v.images), list(v.references)])
+            turns = [[m.role, m.text, m.images, *([list(m.at)] if m.at else [])] for m in v.messages]
+            eat([v.id, turns, list(v.images), list(v.references)])
         elif isinstance(v, np.ndarray):
             h.update(str((v.shape, str(v.dtype))).encode() + np.ascontiguousarray(v).tobytes())
         elif isinstance(v, PILImage.Image):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from retain.adapters.kinds import attach
 from retain.assemble import build_method, build_stream, model_source
@@ -25,7 +25,8 @@ from retain.config import Recipe
 from retain.models.encode import Encoder
 from retain.models.family import family_of
 from retain.models.guide import GuideSource, prototype_width
-from retain.models.load import eos_ids, load_processor, where
+from retain.models.hf import image_token
+from retain.models.load import eos_ids, load_processor, model_class, where
 from retain.report.summary import count, duration, size
 from retain.run.engine import Engine
 from retain.run.store import RunDir
@@ -122,17 +123,23 @@ def _skeleton(recipe: Recipe) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=local)
         with torch.device("meta"):
-            hf = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
+            hf = model_class(config).from_config(config)  # type: ignore[no-untyped-call]
         return hf, load_processor(name, local, config)
     except (OSError, ValueError) as error:
         raise RetainError(f"{recipe.path}: model {name!r} cannot be planned: {error}") from error
 
 
 def _encoder(hf: Any, processor: Any, recipe: Recipe) -> Encoder:
-    tokens = (getattr(hf.config, key, None) for key in ("image_token_id", "image_token_index"))
-    image_token = next((int(t) for t in tokens if t is not None), -1)
-    longest = recipe.model.max_length or 1 << 30
-    return Encoder(processor, eos_ids(hf, processor.tokenizer), image_token, longest, recipe.model.truncate)
+    spec = recipe.model
+    return Encoder(
+        processor,
+        eos_ids(hf, processor.tokenizer),
+        image_token(hf.config),
+        spec.max_length or 1 << 30,
+        spec.truncate,
+        family=family_of(hf, spec.family),
+        square=spec.square,
+    )
 
 
 def _shape(hf: Any, recipe: Recipe) -> Shape:

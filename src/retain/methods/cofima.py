@@ -110,7 +110,9 @@ class CoFiMA(Method):
         rows = take(len(ctx.task.train), self.n_samples, ctx.rng("cofima"))
         starts = range(0, len(rows), ctx.batch_size)
         for i in starts:
-            batch = ctx.model.collate([ctx.task.train[r] for r in rows[i : i + ctx.batch_size]], answers=True)
+            batch = ctx.model.collate(
+                [ctx.task.train[r] for r in rows[i : i + ctx.batch_size]], answers=True, turns=ctx.turns
+            )
             with self._weight_gradients(ctx) as weights:
                 keys = list(live)
                 grads = torch.autograd.grad(ctx.model(batch).loss, [live[k] for k in keys], allow_unused=True)

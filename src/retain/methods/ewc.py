@@ -127,4 +127,6 @@ class EWC(Method):
         rows = take(len(ctx.task.train), self.n_samples, ctx.rng("ewc"))
         size = 1 if self.per_sample else ctx.batch_size
         for i in range(0, len(rows), size):
-            yield ctx.model.collate([ctx.task.train[r] for r in rows[i : i + size]], answers=True)
+            yield ctx.model.collate(
+                [ctx.task.train[r] for r in rows[i : i + size]], answers=True, turns=ctx.turns
+            )

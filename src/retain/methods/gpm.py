@@ -147,5 +147,5 @@ class GPM(Method):
         rows = take(len(ctx.task.train), self.n_samples, ctx.rng("gpm"))
         with ctx.model.adapters.reading(reader):
             for row in rows:
-                ctx.model(ctx.model.collate([ctx.task.train[row]], answers=True))
+                ctx.model(ctx.model.collate([ctx.task.train[row]], answers=True, turns=ctx.turns))
         return reader

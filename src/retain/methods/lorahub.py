@@ -78,7 +78,9 @@ class LoraHub(Method):
         bank, names, train = ctx.model.adapters, list(self.adapter_of.values()), ctx.task.train
         shots = [train[i] for i in take(len(train), self.shots, ctx.rng("lorahub-shots"))]
         self.kept = {**self.kept, ctx.task.name: shots}
-        batches = [ctx.model.collate(examples, answers=True) for examples in self.kept.values()]
+        batches = [
+            ctx.model.collate(examples, answers=True, turns=ctx.turns) for examples in self.kept.values()
+        ]
         bank.mix = Mix({names[-1]: 1.0})  # or an older merge could not be replaced
 
         def stored(state: Mapping[str, Tensor]) -> list[str]:

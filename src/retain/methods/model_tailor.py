@@ -173,7 +173,7 @@ class ModelTailor(Method):
         bank = ctx.model.adapters
         with _stepped(bank, steps), bank.reading(read):
             for row in rows:  # one at a time: no padding is among the rows
-                ctx.model(ctx.model.collate([ctx.task.train[row]], answers=True))
+                ctx.model(ctx.model.collate([ctx.task.train[row]], answers=True, turns=ctx.turns))
         return {path: total * (2 / counts[path]) for path, total in sums.items() if counts[path]}
 
 

@@ -6,12 +6,15 @@ Any Hugging Face image-text-to-text model fits through `retain.models.hf`. A fam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import device
 
 from retain.adapters.bank import AdapterBank
 from retain.types import Batch, Example, Guide, Output
+
+Turns = Literal["all", "last"]
+"""Which answers of a conversation are learned: those of all assistant turns, or the last one."""
 
 
 @runtime_checkable
@@ -22,7 +25,7 @@ class Model(Protocol):
     n_layers: int
     device: device
 
-    def collate(self, examples: Sequence[Example], *, answers: bool) -> Batch:
+    def collate(self, examples: Sequence[Example], *, answers: bool, turns: Turns = "all") -> Batch:
         """Ready-made tensors. With answers: padded right, labels on answer tokens. Without: padded left, prompt only."""
         ...
 

@@ -1,41 +1,34 @@
 """From examples to token ids and pixels: chat template, image tokens, prompt and answer, each computed once.
 
-The answer is tokenised in the context of the prompt, and the prompt's tokens in training are those at
-inference: where a tokenizer would merge across the border, the answer is tokenised on its own instead. Image
-placeholders are expanded by the processor's own `replace_image_token`, one image at a time, so nothing
-depends on the batch. Without a chat template the conversation is LLaVA's `vicuna_v1`
-(github.com/haotian-liu/LLaVA, llava/conversation.py).
+What the stock processor does to a conversation is done here by its own parts (chat template, layout, image processor,
+`replace_image_token`, tokenizer), one image at a time, so that nothing depends on the batch; `retain.models.guard`
+holds the result against the processor's own call. The answer is tokenised in the context of the prompt, and the
+prompt's tokens in training are those at inference: where a tokenizer would merge across the border, the answer is
+tokenised on its own instead. Special tokens in data are text: `</s>` in an answer ends nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 from torch import Tensor
+from transformers.utils.chat_template_utils import _get_control_token_patterns, mark_control_tokens
 
 from retain.models.cache import ByteLRU
+from retain.models.family import Family
 from retain.types import Example, ImageSource, Message, RetainError
 
-VICUNA_V1 = (
-    "{{ 'A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' }}"
-    "{% for m in messages %}"
-    "{% if m['role'] == 'user' %}{{ ' USER: ' }}{% endif %}"
-    "{% if m['role'] == 'assistant' %}{{ ' ASSISTANT: ' }}{% endif %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>\\n' }}{% endif %}{% endfor %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
+Square = Literal["crop", "pad"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,15 +40,20 @@ class ImageRef:
     n_tokens: int
     n_rows: int
     grid: tuple[int, ...] = ()  # t, h, w in patches, where the family has one
+    size: tuple[int, ...] = ()  # height and width as the model is told them, where it is
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """An example as token ids. Image tokens are in the prompt only; an untruncated answer ends with EOS."""
+    """An example as token ids. Image tokens are in the prompt only; an untruncated answer ends with EOS.
+
+    `earlier` are places (start, stop) in the prompt that hold answers of earlier turns, with what ends them.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     images: tuple[ImageRef, ...]
+    earlier: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -79,7 +77,8 @@ class Encoder:
 
     `max_length` is in tokens. A longer example is an error that names it, or with `truncate` loses the end of
     its answer; prompts and image tokens are never cut. `kept` tokens of the context are soft prompts', not the
-    example's: only the message says so.
+    example's: only the message says so. `square` "pad" pads every picture to a square first, as LLaVA-1.5 was
+    trained; "crop" leaves it to the processor.
     """
 
     def __init__(
@@ -91,15 +90,17 @@ class Encoder:
         truncate: bool = False,
         budget: int = 1 << 28,
         kept: int = 0,
+        family: Family | None = None,
+        square: Square = "crop",
     ) -> None:
         self.processor, self.eos, self.image_token_id, self.kept = processor, eos, image_token_id, kept
         self.tokenizer = processor.tokenizer
-        self.max_length, self.truncate = max_length, truncate
-        self.template: str = processor.chat_template or self.tokenizer.chat_template or VICUNA_V1
-        self.image_token: str = getattr(processor, "image_token", None) or self.tokenizer.decode(
-            [image_token_id]
-        )
+        self.max_length, self.truncate, self.square = max_length, truncate, square
+        self.family = family or Family("?", "", "", ())
+        self.template: str = processor.chat_template or self.tokenizer.chat_template or self.family.template
+        self.image_token = placeholder(processor, image_token_id)
         self.pixels: ByteLRU[Mapping[str, Tensor]] = ByteLRU(budget)
+        self._control, _ = _get_control_token_patterns(self.tokenizer._get_control_tokens(self.template))
         self._seen: weakref.WeakKeyDictionary[Example, Encoded] = weakref.WeakKeyDictionary()
         self._texts: dict[tuple[tuple[Message, ...], bool], str] = {}  # questions come again and again
         self._ids: dict[tuple[str, bool], tuple[int, ...]] = {}
@@ -107,7 +108,8 @@ class Encoder:
     def __call__(self, example: Example) -> Encoded:
         """Token ids of prompt and answer, computed once per example.
 
-        Raises RetainError for an example that is too long, or whose image counts disagree.
+        Raises RetainError for an example that is too long, that template or processor refuse, or whose image counts
+        disagree.
         """
         found = self._seen.get(example)
         if found is None:
@@ -118,27 +120,66 @@ class Encoder:
         """The processor's tensors for one image, led by an axis of one image (or of its flat patches)."""
         found = self.pixels.get(ref.key)
         if found is None:
-            found = self._process(open_image(ref.source, example_id))
+            found = self._process(self.opened(ref.source, example_id), example_id, ref.key)
             self.pixels.put(ref.key, found)
-        return {k: v for k, v in found.items() if k not in COUNTS}
+        unused = {*COUNTS, *getattr(self.processor, "unused_input_names", ())}
+        return {k: v for k, v in found.items() if k not in unused}
+
+    def opened(self, source: ImageSource, example_id: str) -> PILImage.Image:
+        """The picture as the processor is given it."""
+        image = open_image(source, example_id)
+        return padded(image, self._background()) if self.square == "pad" else image
+
+    def types(self, prompt: Sequence[int], answer: Sequence[int]) -> list[int] | None:
+        """Token types of a row, for a family whose mask depends on them."""
+        if self.family.types is None:
+            return None
+        return self.family.types([*prompt, *answer], len(prompt), self.image_token_id)
 
     # -- text ------------------------------------------------------------------------------------------------
 
+    def content(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """The messages as a chat template takes them, images in their places."""
+        return [
+            {
+                "role": m.role,
+                "content": [
+                    {"type": "image"} if part is None else {"type": "text", "text": part}
+                    for part in m.parts()
+                ],
+            }
+            for m in messages
+        ]
+
     def render(self, messages: tuple[Message, ...], generate: bool) -> str:
-        """The conversation as text by the chat template, one placeholder per image."""
+        """The conversation as text by the chat template, one placeholder per image.
+
+        Special tokens that the data brings are marked, so that `_tokens` reads them as text.
+        """
         found = self._texts.get((messages, generate))
         if found is not None:
             return found
-        content = [
-            {"role": m.role, "content": [{"type": "image"}] * m.images + [{"type": "text", "text": m.text}]}
-            for m in messages
-        ]
         text = self.tokenizer.apply_chat_template(
-            content, chat_template=self.template, tokenize=False, add_generation_prompt=generate
+            self._safe(self.content(messages)),
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=generate,
         )
         assert isinstance(text, str)
         _put(self._texts, (messages, generate), text)
         return text
+
+    def _safe(self, content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Every text with its control tokens marked, and with placeholders of images that are none."""
+        for message in content:
+            for part in message["content"]:
+                if "text" in part:
+                    part["text"] = self._marked(part["text"])
+        return content
+
+    def _marked(self, text: str) -> str:
+        out: str = mark_control_tokens(text, self._control)
+        return out
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a rendered conversation; BOS is added unless the template wrote it."""
@@ -148,36 +189,104 @@ class Encoder:
     def _tokens(self, text: str, special: bool) -> tuple[int, ...]:
         found = self._ids.get((text, special))
         if found is None:
-            found = tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+            if MARK in text:  # the tokenizer's own way to read marked tokens as text adds no BOS
+                bos = self.tokenizer("", add_special_tokens=special)["input_ids"][:1]
+                plain = self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)[
+                    "input_ids"
+                ]
+                found = (*(i for i in bos if i == self.tokenizer.bos_token_id), *plain)
+            else:
+                found = tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
             _put(self._ids, (text, special), found)
         return found
 
     def _encode(self, example: Example) -> Encoded:
         messages = _placed(example)
         prompt_messages = messages[: len(example.prompt)]
-        text = self.render(prompt_messages, generate=True)
-        if text.count(self.image_token) != len(example.images):
+        text = self._rendered(prompt_messages, example, generate=True)
+        shown = _count(text, self.image_token) if self.image_token else 0
+        if shown != len(example.images):
             raise RetainError(
                 f"example {example.id!r}: {len(example.images)} images, but the text that the model sees has "
-                f"{text.count(self.image_token)} {self.image_token!r}"
+                f"{shown} {self.image_token!r}"
             )
-        refs, parts = [], text.split(self.image_token)
-        expanded = parts[0]
-        for source, part in zip(example.images, parts[1:], strict=True):
-            ref, tokens = self._refer(source, example.id)
-            refs.append(ref)
-            expanded += tokens + part
+        referred = self._referred(example)
+        refs, tokens = [ref for ref, _ in referred], [t for _, t in referred]
+        expanded = self._expanded(text, tokens)
         prompt = self.ids(expanded)
-        found = prompt.count(self.image_token_id)
+        found = prompt.count(self.image_token_id) if refs else 0
         if found != sum(r.n_tokens for r in refs):
             raise RetainError(
                 f"example {example.id!r}: {found} image tokens for {sum(r.n_tokens for r in refs)} features"
             )
         answer: tuple[int, ...] = ()
         if example.messages and example.messages[-1].role == "assistant":
-            before, after = self._around(text, messages, example.answer)
-            answer = (*self._answer(prompt, expanded, before + example.answer), self._end(after))
-        return self._fit(Encoded(prompt, answer, tuple(refs)), example)
+            said = self._marked(example.answer)
+            before, after = self._around(text, messages, said)
+            answer = (*self._answer(prompt, expanded, before + said), self._end(after))
+        earlier = self._earlier(prompt_messages, text, prompt, tokens)
+        return self._fit(Encoded(prompt, answer, tuple(refs), earlier), example)
+
+    def _rendered(self, messages: tuple[Message, ...], example: Example, generate: bool) -> str:
+        """`render`; what the template refuses, or drops, is an error that names the example."""
+        try:
+            text = self.render(messages, generate)
+        except TemplateError as error:
+            raise RetainError(f"example {example.id!r}: the chat template refuses it: {error}") from None
+        for m in messages:
+            lost = next(
+                (t for t in m.parts() if t and m.role != "assistant" and self._marked(t.strip()) not in text),
+                "",
+            )
+            if lost:
+                raise RetainError(
+                    f"example {example.id!r}: the chat template drops the {m.role} turn {lost[:40]!r}; "
+                    "move it into another turn, or use a model whose template has that role"
+                )
+        return text
+
+    def _expanded(self, text: str, tokens: Sequence[str]) -> str:
+        """The text as the processor lays it out, every placeholder replaced by the tokens of its image."""
+        lay = getattr(self.processor, "prepare_inputs_layout", None)
+        if lay is not None:  # with pictures that only have to be there: what it adds is words
+            blank = [PILImage.new("RGB", (28, 28))] * len(tokens)
+            text = lay(images=blank or None, text=[text])[1][0]
+        parts = text.split(self.image_token) if tokens else [text]
+        assert len(parts) == len(tokens) + 1
+        return "".join(part for pair in zip(parts, [*tokens, ""], strict=True) for part in pair)
+
+    def _earlier(
+        self, messages: tuple[Message, ...], text: str, prompt: tuple[int, ...], tokens: Sequence[str]
+    ) -> tuple[tuple[int, int], ...]:
+        """Where the answers of earlier turns, and the tokens that end them, lie in the prompt."""
+        out = []
+        for k, m in enumerate(messages):
+            if m.role != "assistant":
+                continue
+            said, shown = self._marked(m.text), sum(n.images for n in messages[:k])
+            start = self._begins(messages[:k], said, text)
+            if start < 0:
+                raise RetainError(
+                    f"turn {k + 1} of a conversation ({m.text[:40]!r}) is not found in what the chat template "
+                    "writes; set optim.turns to 'last', or give one turn to a row"
+                )
+            first = _common(self.ids(self._expanded(text[:start], tokens[:shown])), prompt)
+            last = _common(self.ids(self._expanded(text[: start + len(said)], tokens[:shown])), prompt)
+            ends = last < len(prompt) and prompt[last] in self.eos
+            out.append((first, last + ends))
+        return tuple(out)
+
+    def _begins(self, before: tuple[Message, ...], said: str, text: str) -> int:
+        """Where in the whole text the answer behind some turns begins; -1 where it is not found."""
+        asked = self.render(before, generate=True)
+        if text.startswith(asked):
+            rest = text[len(asked) :]
+            blank = len(rest) - len(rest.lstrip())
+            for skip in (0, blank):
+                if rest[skip:].startswith(said):
+                    return len(asked) + skip
+        plain = self.render(before, generate=False)
+        return text.find(said, len(plain)) if text.startswith(plain) else -1
 
     def _around(self, prompt: str, messages: tuple[Message, ...], answer: str) -> tuple[str, str]:
         """What the template writes between the prompt and the answer, and after the answer."""
@@ -204,7 +313,7 @@ class Encoder:
             return encoded
         room = self.max_length - len(encoded.prompt)
         if self.truncate and room > 0:
-            return Encoded(encoded.prompt, encoded.answer[:room], encoded.images)
+            return replace(encoded, answer=encoded.answer[:room])
         kept = f" ({self.kept} more are kept for soft prompts)" if self.kept else ""
         raise RetainError(
             f"example {example.id!r}: {len(encoded.prompt)} tokens of prompt (of which "
@@ -214,30 +323,59 @@ class Encoder:
 
     # -- images ----------------------------------------------------------------------------------------------
 
-    def _process(self, image: PILImage.Image) -> Mapping[str, Tensor]:
-        out = self.processor.image_processor(
-            images=[image], **(getattr(self.processor, "images_kwargs", None) or {})
-        )
-        return {k: torch.as_tensor(np.asarray(v)) for k, v in out.items()}
+    def _process(self, image: PILImage.Image, example_id: str, key: str) -> Mapping[str, Tensor]:
+        """The processor's tensors of one picture; `key` says whether it stands in a row with others."""
+        shown = [[image, image]] if key.endswith(SEVERAL) else [image]
+        try:
+            kwargs = self.processor._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs)
+            out, _ = self.processor._process_images(shown, **kwargs["images_kwargs"])
+        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, OSError) as error:
+            raise RetainError(
+                f"example {example_id!r}: {type(self.processor).__name__} refuses a picture of "
+                f"{image.width} x {image.height}: {error}"
+            ) from error
+        made = {k: torch.as_tensor(np.asarray(v)) for k, v in out.items()}
+        return {k: v[:1] for k, v in made.items()} if key.endswith(SEVERAL) else made
 
-    def _refer(self, source: ImageSource, example_id: str) -> tuple[ImageRef, str]:
-        image = open_image(source, example_id)
+    def _referred(self, example: Example) -> list[tuple[ImageRef, str]]:
+        if example.images and not hasattr(self.processor, "image_processor"):
+            raise RetainError(
+                f"example {example.id!r}: the model takes text only, and it has {len(example.images)} images"
+            )
+        several = len(example.images) > 1 and self.family.together
+        return [self._refer(source, example.id, several) for source in example.images]
+
+    def _refer(self, source: ImageSource, example_id: str, several: bool) -> tuple[ImageRef, str]:
+        image = self.opened(source, example_id)
         key = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:24]
+        key += SEVERAL if several else ""
         found = self.pixels.get(key)
         if found is None:
-            found = self._process(image)
+            found = self._process(image, example_id, key)
             self.pixels.put(key, found)
-        as_lists = {k: v.tolist() if k in COUNTS else v for k, v in found.items()}
-        tokens: str = self.processor.replace_image_token(as_lists, 0)
+        told = {k: v.tolist() if k in COUNTS else v.numpy() for k, v in found.items()}
+        tokens: str = self.processor.replace_image_token(told, 0)
+        n_tokens = self._tokens(tokens, False).count(self.image_token_id)
         grid = tuple(int(n) for n in found["image_grid_thw"][0]) if "image_grid_thw" in found else ()
+        size = tuple(int(n) for n in found["image_sizes"][0]) if "image_sizes" in found else ()
         pixels = found["pixel_values"]
-        n_tokens = tokens.count(self.image_token)
-        n_rows = n_tokens if grid else int(pixels.shape[1] if pixels.ndim == 5 else pixels.shape[0])
-        return ImageRef(key, source, n_tokens, n_rows, grid), tokens
+        n_rows = int(pixels.shape[1] if pixels.ndim == 5 else pixels.shape[0])
+        return ImageRef(key, source, n_tokens, n_tokens if self.family.flat else n_rows, grid, size), tokens
+
+    def _background(self) -> tuple[int, ...]:
+        """The processor's mean colour, which padding becomes zero by."""
+        mean = getattr(self.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
+        return tuple(int(255 * m) for m in mean)
 
 
-COUNTS = ("rows", "cols", "num_patches")
+COUNTS = ("rows", "cols", "num_patches", "num_crops", "batch_num_images")
 """What an image processor says about an image besides its tensors: how many image tokens stand for it."""
+
+SEVERAL = "+"
+"""Ends the key of an image that stands in a row with others, where its processor treats such images otherwise."""
+
+MARK = "\U000f0000"
+"""What `mark_control_tokens` puts before a special token that is text."""
 
 TEXTS = 1 << 11
 """Texts whose rendering and tokens are remembered; beyond that all are forgotten at once."""
@@ -264,3 +402,31 @@ def _placed(example: Example) -> tuple[Message, ...]:
     m = example.messages[first]
     shown = Message(m.role, m.text, len(example.images))
     return (*example.messages[:first], shown, *example.messages[first + 1 :])
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two rows have in common from their start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _count(text: str, token: str) -> int:
+    """Placeholders that the template wrote; marked ones are the data's own text."""
+    return text.count(token) - text.count(MARK + token)
+
+
+def placeholder(processor: Any, image_token_id: int) -> str:
+    """What stands for an image in a rendered conversation; "" for a model of text only."""
+    named = getattr(processor, "image_token", None)
+    if named or image_token_id < 0:
+        return str(named or "")
+    return str(processor.tokenizer.decode([image_token_id]))
+
+
+def padded(image: PILImage.Image, background: tuple[int, ...]) -> PILImage.Image:
+    """Centred on a square of the background colour (LLaVA's `expand2square`)."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    out = PILImage.new("RGB", (side, side), background)
+    out.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return out

@@ -2,18 +2,18 @@
 tokens.
 
 Paths follow transformers 5.x. A *split* family runs its frozen tower apart from its projector, so that tower
-features can be cached: LLaVA (Liu et al. 2023), Idefics3/SmolVLM (Laurençon et al. 2024), Qwen2-VL, Qwen2.5-VL and
-Qwen3-VL (Bai et al. 2025), InternVL (Zhu et al. 2025). Any other family is called whole, as Hugging Face does, with
-its parts found by their usual names.
+features can be cached. Any other family is called as Hugging Face calls it, one image at a time
+(`get_image_features`), with its parts found by their usual names. Whether that is right is not believed but measured,
+whenever a model is loaded: `retain.models.guard`.
 """
 
-# I images, R tower rows of an image (crops, or groups of patches), P patches, D width, M image tokens
+# I images, R tower rows of an image (crops, or groups of patches), P patches, D width, M image tokens, T tokens
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,36 @@ from torch import Tensor, nn
 from retain.types import RetainError
 
 Inputs = Mapping[str, Tensor]
+Sizes = Sequence[tuple[int, ...]]
+"""Height and width of every image, where the processor tells the model."""
+
+VICUNA_V1 = (
+    "{% if messages[0]['role'] == 'system' %}{% for c in messages[0]['content'] %}{{ c['text'] }}{% endfor %}{% else %}"
+    "{{ 'A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ ' USER: ' }}{% endif %}"
+    "{% if m['role'] == 'assistant' %}{{ ' ASSISTANT: ' }}{% endif %}"
+    "{% if m['role'] != 'system' %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+"""LLaVA's conversation (github.com/haotian-liu/LLaVA, llava/conversation.py), for its checkpoints without a template."""
+
+LINES = (
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\n' }}{% endif %}{% endfor %}"
+)
+"""A line for a turn, for base language models without a chat template."""
+
+PREFIX = (
+    "{% if messages[0]['role'] != 'user' or messages | length > 2 %}{{ raise_exception("
+    "'the checkpoint has no chat template: one question and one answer can be written, and no other turn') }}{% endif %}"
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>' }}{% else %}"
+    "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+"""Pictures and question as they are; what else belongs there is the processor's to add (PaliGemma)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +60,8 @@ class Family:
 
     `features` maps one image's inputs to frozen features (R, …); `project` maps the features of all images,
     concatenated along R, to embeddings (M, D), or (M, (1 + n) D) where the first n decoder layers add image features
-    of their own (DeepStack, Meng et al. 2024). `stack` says that images of equal size may share one tower call.
+    of their own (DeepStack, Meng et al. 2024); it is told every image's R and size. `stack` says that images of equal
+    size may share one tower call. A family without `tower` takes text only.
     """
 
     name: str
@@ -38,31 +69,109 @@ class Family:
     tower: str
     projector: tuple[str, ...]
     features: Callable[[Any, Inputs], Tensor] | None = None
-    project: Callable[[Any, Tensor], Tensor] | None = None
+    project: Callable[[Any, Tensor, Sequence[int], Sizes], Tensor] | None = None
     stack: bool = False
     grid_rope: bool = False  # positions in three dimensions, from the model's own get_rope_index
+    flat: bool = False  # the projector sees rows of image tokens, not of images
+    together: bool = False  # the processor treats an image with others in its row otherwise than one alone
+    template: str = LINES  # where the checkpoint has none
+    first: int = 0  # position of the first token
+    types: Callable[[Sequence[int], int, int], list[int]] | None = None
+    """Token types of a row from its ids, the length of its prompt, and the image token; the mask depends on them."""
 
     def part(self, model: nn.Module, path: str) -> nn.Module:
         """The module at a path of this family."""
         return model.get_submodule(path)
 
 
-# -- LLaVA ---------------------------------------------------------------------------------------------------
+# -- LLaVA, VipLLaVA, PaliGemma, Gemma 3: one picture of one size -------------------------------------------
 
 
 def _llava_features(model: Any, inputs: Inputs) -> Tensor:
-    config = model.config
+    sizes = {"image_sizes": inputs["image_sizes"]} if "image_sizes" in inputs else {}  # Pixtral's tower
+    hidden = model.model.vision_tower(
+        inputs["pixel_values"], output_hidden_states=True, **sizes
+    ).hidden_states
+    chosen = _layers(model.config, hidden)
+    return chosen[0] if sizes else chosen  # (P, D), or (I, P, D)
+
+
+def _layers(config: Any, hidden: Sequence[Tensor], select: str | None = None) -> Tensor:
+    """The tower layers that the projector reads, side by side; without the class token where the config says so."""
     layers = config.vision_feature_layer
-    hidden = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
     chosen = [hidden[i] for i in ([layers] if isinstance(layers, int) else layers)]
-    if config.vision_feature_select_strategy == "default":
+    if (select or config.vision_feature_select_strategy) == "default":
         chosen = [h[:, 1:] for h in chosen]
-    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)  # (I, P, D)
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
 
-def _llava_project(model: Any, features: Tensor) -> Tensor:
+def _projected(model: Any, features: Tensor, rows: Sequence[int], sizes: Sizes) -> Tensor:
     projected: Tensor = model.model.multi_modal_projector(features)
-    return projected.flatten(0, 1)
+    return projected.flatten(0, -2)
+
+
+def _vipllava_features(model: Any, inputs: Inputs) -> Tensor:
+    hidden = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    return _layers(model.config, hidden, "default")
+
+
+def _last_features(model: Any, inputs: Inputs) -> Tensor:
+    hidden: Tensor = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state
+    return hidden
+
+
+def _prefix_types(ids: Sequence[int], n_prompt: int, image_token: int) -> list[int]:
+    """PaliGemma: everything before the answer sees all of itself."""
+    return [0] * n_prompt + [1] * (len(ids) - n_prompt)
+
+
+def _image_types(ids: Sequence[int], n_prompt: int, image_token: int) -> list[int]:
+    """Gemma 3: the tokens of an image see one another."""
+    return [int(i == image_token) for i in ids]
+
+
+# -- Mistral 3: one picture of any size ----------------------------------------------------------------------
+
+
+def _mistral_features(model: Any, inputs: Inputs) -> Tensor:
+    tower = model.model.vision_tower
+    out = tower(inputs["pixel_values"], image_sizes=inputs["image_sizes"], output_hidden_states=True)
+    return _layers(model.config, out.hidden_states, "full").squeeze(0)  # (P, D)
+
+
+def _mistral_project(model: Any, features: Tensor, rows: Sequence[int], sizes: Sizes) -> Tensor:
+    projected: Tensor = model.model.multi_modal_projector(features, sizes)
+    return projected
+
+
+# -- LLaVA-NeXT, LLaVA-OneVision: the picture and R - 1 crops, packed by the model's own rule ----------------
+
+
+def _anyres_features(model: Any, inputs: Inputs) -> Tensor:
+    pixels = inputs["pixel_values"].flatten(0, 1)  # (1, R, 3, H, W)
+    return _layers(model.config, model.model.vision_tower(pixels, output_hidden_states=True).hidden_states)
+
+
+def _next_project(model: Any, features: Tensor, rows: Sequence[int], sizes: Sizes) -> Tensor:
+    projected = model.model.multi_modal_projector(features).split(list(rows))
+    packed, _ = model.model.pack_image_features(
+        projected,
+        torch.tensor(sizes),
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        image_newline=model.model.image_newline,
+    )
+    return torch.cat(packed)
+
+
+def _onevision_project(model: Any, features: Tensor, rows: Sequence[int], sizes: Sizes) -> Tensor:
+    projected = model.model.multi_modal_projector(features).split(list(rows))
+    packed, _ = model.model.pack_image_features(
+        projected,
+        torch.tensor(sizes),
+        image_newline=model.model.image_newline,
+        vision_aspect_ratio=model.config.vision_aspect_ratio,
+    )
+    return torch.cat(packed)
 
 
 # -- Idefics3, SmolVLM: an image is R crops ------------------------------------------------------------------
@@ -81,7 +190,7 @@ def _idefics_features(model: Any, inputs: Inputs) -> Tensor:
     return hidden  # (R, P, D)
 
 
-def _idefics_project(model: Any, features: Tensor) -> Tensor:
+def _idefics_project(model: Any, features: Tensor, rows: Sequence[int], sizes: Sizes) -> Tensor:
     projected: Tensor = model.model.connector(features)
     return projected.flatten(0, 1)
 
@@ -97,7 +206,7 @@ def _internvl_features(model: Any, inputs: Inputs) -> Tensor:
     return hidden[:, 1:] if config.vision_feature_select_strategy == "default" else hidden  # (R, P, D)
 
 
-def _internvl_project(model: Any, features: Tensor) -> Tensor:
+def _internvl_project(model: Any, features: Tensor, rows: Sequence[int], sizes: Sizes) -> Tensor:
     side = int(features.shape[1] ** 0.5)
     square = features.unflatten(1, (side, side))
     shuffled = model.model.pixel_shuffle(square, scale_factor=model.config.downsample_ratio).flatten(1, 2)
@@ -142,7 +251,7 @@ def _qwen_features(model: Any, inputs: Inputs) -> Tensor:
     return kept  # (R, 4, D), or (R, 4, (1 + n) D): the last layer's patches, then those of n earlier ones
 
 
-def _qwen_project(model: Any, features: Tensor) -> Tensor:
+def _qwen_project(model: Any, features: Tensor, rows: Sequence[int], sizes: Sizes) -> Tensor:
     visual = model.model.visual
     mergers = [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
     each = features.flatten(0, 1).chunk(len(mergers), dim=-1)
@@ -153,10 +262,9 @@ def _qwen_project(model: Any, features: Tensor) -> Tensor:
 
 # -- the table -----------------------------------------------------------------------------------------------
 
-_LLAVA = Family(
-    "llava", "model.language_model", "model.vision_tower", ("model.multi_modal_projector",),
-    _llava_features, _llava_project, stack=True,
-)  # fmt: skip
+_PARTS = ("model.language_model", "model.vision_tower", ("model.multi_modal_projector",))
+_LLAVA = Family("llava", *_PARTS, _llava_features, _projected, stack=True, template=VICUNA_V1)
+_PIXTRAL = replace(_LLAVA, name="pixtral", stack=False, flat=True)
 _IDEFICS = Family(
     "idefics3",
     "model.text_model",
@@ -167,26 +275,39 @@ _IDEFICS = Family(
 )
 _QWEN = Family(
     "qwen2_vl", "model.language_model", "model.visual", ("model.visual.merger",),
-    _qwen_features, _qwen_project, grid_rope=True,
+    _qwen_features, _qwen_project, grid_rope=True, flat=True,
 )  # fmt: skip
-_QWEN3 = Family(
-    "qwen3_vl", "model.language_model", "model.visual",
-    ("model.visual.merger", "model.visual.deepstack_merger_list"),
-    _qwen_features, _qwen_project, grid_rope=True,
-)  # fmt: skip
-_INTERNVL = Family(
-    "internvl", "model.language_model", "model.vision_tower", ("model.multi_modal_projector",),
-    _internvl_features, _internvl_project,
-)  # fmt: skip
+_QWEN3 = replace(
+    _QWEN, name="qwen3_vl", projector=("model.visual.merger", "model.visual.deepstack_merger_list")
+)
 
 FAMILIES: dict[str, Family] = {
     "llava": _LLAVA,
+    "pixtral": _PIXTRAL,
+    "vipllava": Family("vipllava", *_PARTS, _vipllava_features, _projected, stack=True, template=VICUNA_V1),
+    "llava_next": Family("llava_next", *_PARTS, _anyres_features, _next_project, template=VICUNA_V1),
+    "llava_onevision": Family(
+        "llava_onevision", *_PARTS, _anyres_features, _onevision_project, together=True
+    ),
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN3,
-    "internvl": _INTERNVL,
+    "qwen3_vl_moe": _QWEN3,
+    "internvl": Family("internvl", *_PARTS, _internvl_features, _internvl_project),
+    "paligemma": Family(
+        "paligemma",
+        *_PARTS,
+        _last_features,
+        _projected,
+        stack=True,
+        template=PREFIX,
+        first=1,
+        types=_prefix_types,
+    ),
+    "gemma3": Family("gemma3", *_PARTS, _last_features, _projected, stack=True, types=_image_types),
+    "mistral3": Family("mistral3", *_PARTS, _mistral_features, _mistral_project, flat=True),
 }
 """Family by `config.model_type`."""
 
@@ -205,13 +326,22 @@ _PROJECTOR = (
 def family_of(model: Any, name: str | None = None) -> Family:
     """The family by name, else by `config.model_type`, else found by the usual names of its parts.
 
-    Raises RetainError when a name is unknown or a part cannot be found.
+    Raises RetainError when a name is unknown, a part cannot be found, or the model is no decoder of one row of tokens.
     """
     if name is not None and name not in FAMILIES:
         raise RetainError(f"model family {name!r} is unknown; choose from {sorted(FAMILIES)}")
     kind = name or str(getattr(model.config, "model_type", "?"))
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise RetainError(
+            f"model family {kind!r}: an encoder-decoder ({type(model).__name__}) cannot be tuned; images and text must "
+            "be one row of tokens of a decoder"
+        )
+    if kind == "llava" and str(getattr(model.config.vision_config, "model_type", "")) == "pixtral":
+        kind = "pixtral"
     if kind in FAMILIES:
         return FAMILIES[kind]
+    if not hasattr(model.config, "vision_config") and model.config.get_text_config() is model.config:
+        return Family(kind, str(model.base_model_prefix), "", ())
     paths = {path for path, _ in model.named_modules()}
 
     def find(what: str, names: Sequence[str]) -> str:
@@ -220,7 +350,8 @@ def family_of(model: Any, name: str | None = None) -> Family:
                 if prefix + n in paths:
                     return prefix + n
         raise RetainError(
-            f"model family {kind!r}: found no {what} among {list(names)}; name a family of {sorted(FAMILIES)}"
+            f"model family {kind!r} ({type(model).__name__}) cannot be tuned: it has no {what} by one of the names "
+            f"{list(names)}"
         )
 
     language, tower = find("language model", _LANGUAGE), find("vision tower", _TOWER)

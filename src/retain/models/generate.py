@@ -9,6 +9,7 @@ over the key-value cache. Finished rows leave the cache, and the adapter mix, a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -73,7 +74,7 @@ def greedy(model: Decodes, batch: Batch, max_new_tokens: int) -> list[list[int]]
     return answers
 
 
-def next_logits(hidden_BTD: Tensor, head: torch.nn.Module) -> Tensor:
+def next_logits(hidden_BTD: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     """Logits of the last position only: (B, V)."""
     logits: Tensor = head(hidden_BTD[:, -1])
     return logits

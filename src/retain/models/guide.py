@@ -175,6 +175,8 @@ class _Clip:
 
 
 def _tower_width(hf: Any) -> int:
+    if not hasattr(hf.config, "vision_config"):
+        return 1  # a model of text only: image rows are zeros
     vision, layers = hf.config.vision_config, getattr(hf.config, "vision_feature_layer", -1)
     width = int(
         getattr(vision, "embed_dim", 0) or vision.hidden_size

@@ -1,11 +1,11 @@
-"""Any Hugging Face image-text-to-text model as a `Model`: frozen, with everything that trains in its adapter
-bank.
+"""A Hugging Face model that reads images and text, or text alone, as a `Model`: frozen, with everything that trains
+in its adapter bank.
 
 The forward is Hugging Face's own arithmetic with the frozen part taken out: vision-tower features are
 computed once per image and cached, the projector and the language model run with their adapters, and logits
 are taken only where an answer token is predicted. Features are computed in calls of one fixed shape, so they
 do not depend on the batch and a cold cache gives the same bits as a warm one. Families:
-`retain.models.family`.
+`retain.models.family`; whether all this is Hugging Face's own call: `retain.models.guard`.
 """
 
 # B batch, T tokens, N answer tokens, V vocabulary, D width, I images, M image tokens, R rows of an image
@@ -29,11 +29,14 @@ from retain.adapters.kinds import Spec, attach
 from retain.adapters.lora import LoraSpec
 from retain.adapters.prompt import Prompts, placed, prompts_of
 from retain.models import decoder
+from retain.models.base import Turns
 from retain.models.cache import ByteLRU
-from retain.models.encode import Encoded, Encoder
+from retain.models.encode import Encoder, ImageRef, Square
 from retain.models.family import FAMILIES, Family, family_of
 from retain.models.generate import greedy, next_logits
+from retain.models.guard import check
 from retain.models.guide import Guider, GuideSource, prototype_width
+from retain.models.head import Head
 from retain.models.load import eos_ids, load_pretrained
 from retain.types import Batch, Example, Guide, Output, RetainError
 
@@ -66,9 +69,12 @@ class HFModel:
         feature_cache: int = 1 << 30,
         guide: GuideSource = None,
         checkpointing: bool = False,
+        square: Square = "crop",
     ) -> None:
         if precision not in ("fp32", "bf16"):
             raise RetainError(f"model: precision must be 'fp32' or 'bf16', not {precision!r}")
+        if square not in ("crop", "pad"):
+            raise RetainError(f"model: square must be 'crop' or 'pad', not {square!r}")
         self.hf, self.processor, self.name, self.precision = hf_model, processor, name, precision
         self.spec: Spec = spec or LoraSpec()
         self.family: Family = family_of(hf_model, family)
@@ -89,7 +95,7 @@ class HFModel:
             signature=signature,
         )
         self.prompts: Prompts | None = prompts_of(self.adapters)
-        if self.prompts and self.family.features is None:
+        if self.prompts and (self.family.types or (self.family.tower and self.family.features is None)):
             raise RetainError(
                 f"adapter: kind prompt puts embeddings before the text, and the {self.family.name} family takes "
                 f"token ids only; use one of {sorted(FAMILIES)}, or kind lora"
@@ -100,10 +106,18 @@ class HFModel:
         )
         self.language: Any = self.family.part(hf_model, self.family.language)
         self.embed: nn.Module = hf_model.get_input_embeddings()
-        self.head: nn.Module = hf_model.get_output_embeddings()
-        image_token = _image_token(hf_model.config)
+        self.head = Head(hf_model)
         limit, kept = self._limits(max_length)
-        self.encode = Encoder(processor, self.eos, image_token, limit, truncate, kept=kept)
+        self.encode = Encoder(
+            processor,
+            self.eos,
+            image_token(hf_model.config),
+            limit,
+            truncate,
+            kept=kept,
+            family=self.family,
+            square=square,
+        )
         self.features: ByteLRU[Tensor] = ByteLRU(feature_cache)
         self._sizes: tuple[int, ...] | None = None
         self.guider = Guider(self, guide)
@@ -123,16 +137,21 @@ class HFModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         guide: GuideSource = None,
+        guard: bool = True,
         **kwargs: Any,
     ) -> HFModel:
         """From a local folder, or a Hub id (downloaded). `kwargs` as for the constructor.
 
-        Raises RetainError for a folder that does not exist or holds no image-text-to-text model.
+        With `guard` it is compared with Hugging Face's own call, once per model and version (`retain.models.guard`).
+        Raises RetainError for a folder that does not exist, holds no such model, or differs from that call.
         """
         hf_model, processor = load_pretrained(name_or_dir, dtype, device)
         beside = Path(name_or_dir) / "guide"
         source = guide if guide is not None else (beside if beside.is_dir() else None)
-        return cls(hf_model, processor, spec, name=str(name_or_dir), guide=source, **kwargs)
+        model = cls(hf_model, processor, spec, name=str(name_or_dir), guide=source, **kwargs)
+        if guard:
+            check(model)
+        return model
 
     def _limits(self, max_length: int | None) -> tuple[int, int]:
         """Tokens that an example may have, and tokens of the context that are kept for prompts."""
@@ -153,8 +172,11 @@ class HFModel:
         """Tokens of prompt and answer, image tokens included."""
         return len(self.encode(example))
 
-    def collate(self, examples: Sequence[Example], *, answers: bool) -> Batch:
-        """On the CPU. With answers: padded right, labels on answer tokens and EOS. Without: padded left."""
+    def collate(self, examples: Sequence[Example], *, answers: bool, turns: Turns = "all") -> Batch:
+        """On the CPU. With answers: padded right, labels on answer tokens and EOS. Without: padded left.
+
+        `turns` says which answers of a conversation are learned: of all assistant turns, or of the last.
+        """
         if not examples:
             raise RetainError("collate: an empty batch")
         encoded = [self.encode(e) for e in examples]
@@ -163,24 +185,30 @@ class HFModel:
         ids_BT = torch.full((B, T), self._pad(), dtype=torch.long)
         mask_BT = torch.zeros((B, T), dtype=torch.long)
         labels_BT = torch.full((B, T), -100, dtype=torch.long)
+        types_BT = torch.zeros((B, T), dtype=torch.long)
         for i, (row, e) in enumerate(zip(rows, encoded, strict=True)):
             at = 0 if answers else T - len(row)
             ids_BT[i, at : at + len(row)] = torch.tensor(row)
             mask_BT[i, at : at + len(row)] = 1
             if answers:
-                labels_BT[i, len(e.prompt) : len(row)] = torch.tensor(e.answer, dtype=torch.long)
+                spans = [(len(e.prompt), len(row)), *(e.earlier if turns == "all" else ())]
+                for first, last in spans:
+                    labels_BT[i, first:last] = torch.tensor(row[first:last], dtype=torch.long)
+            types = self.encode.types(e.prompt, e.answer if answers else ())
+            if types is not None:
+                types_BT[i, at : at + len(row)] = torch.tensor(types)
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+        if self.family.types:
+            inputs["token_type_ids"] = types_BT
         refs = [ref for e in encoded for ref in e.images]
         row_I = torch.tensor([i for i, e in enumerate(encoded) for _ in e.images], dtype=torch.long)
         grids = torch.tensor([r.grid for r in refs if r.grid], dtype=torch.long)
-        following = [len(e.prompt) for e in encoded]
+        following = [len(e.prompt) + self.family.first for e in encoded]
         if self.family.grid_rope:
             inputs["position_ids"], delta_B = self._grid_positions(ids_BT, mask_BT, grids)
             following = (mask_BT.sum(1) + delta_B).tolist()
         elif not answers:
-            inputs["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0)
-        if not self.frozen_tower:
-            inputs |= self._pixels(encoded, examples)
+            inputs["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0) + self.family.first
         meta = {
             "images": tuple(refs),
             "image_ids": tuple(examples[i].id for i in row_I.tolist()),
@@ -189,6 +217,9 @@ class HFModel:
             "next_position": following,
             "image_index": (ids_BT.flatten() == self.encode.image_token_id).nonzero().squeeze(1),
         }
+        if not self.frozen_tower:
+            shown = [(r, x.id) for e, x in zip(encoded, examples, strict=True) for r in e.images]
+            meta["pixels"] = tuple(self.encode.image(ref, name) for ref, name in shown)
         return Batch(tuple(examples), inputs, labels_BT if answers else None, row_I, meta)
 
     def _pad(self) -> int:
@@ -205,14 +236,6 @@ class HFModel:
             ids_BT, mm_token_type_ids=kinds_BT, image_grid_thw=grids, attention_mask=mask_BT
         )
         return positions, delta.flatten()
-
-    def _pixels(self, encoded: Sequence[Encoded], examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The images' own tensors for a tower that is not cached, one image after another."""
-        each = [self.encode.image(r, x.id) for e, x in zip(encoded, examples, strict=True) for r in e.images]
-        if not each:
-            return {}
-        dim = 1 if each[0]["pixel_values"].ndim == 5 else 0  # crops of all images: (1, sum of R, ...)
-        return {k: torch.cat([one[k] for one in each], dim) for k in each[0]}
 
     def placed(self, batch: Batch) -> Batch:
         """The batch behind the prompts of the bank's mix; the batch itself where there are none."""
@@ -243,7 +266,7 @@ class HFModel:
             if self.fast:
                 hidden_ND = self._hidden_at(batch, row_N, column_N)
             else:
-                hidden_ND = self._hidden(batch).flatten(0, 1)[at_N.to(self.device)]
+                hidden_ND = self.hidden(batch).flatten(0, 1)[at_N.to(self.device)]
             logits_NV: Tensor = self.head(hidden_ND)
         row_N = row_N.to(self.device)
         return Output(F.cross_entropy(logits_NV.float(), labels_N), logits_NV, labels_N, row_N)
@@ -257,7 +280,8 @@ class HFModel:
     @property
     def fast(self) -> bool:
         """Whether the language model runs through `retain.models.decoder` instead of Hugging Face's forward."""
-        return self.family.features is not None and decoder.supports(self.language)
+        whole = bool(self.family.tower) and self.family.features is None
+        return not whole and self.family.types is None and decoder.supports(self.language)
 
     def _hidden_at(self, batch: Batch, row_N: Tensor, column_N: Tensor) -> Tensor:
         """Last hidden states (N, D) at places of a right-padded batch, rows ascending; only there."""
@@ -283,11 +307,12 @@ class HFModel:
             more["positions_BT"] = inputs["position_ids"]
         return decoder.forward(self.language, embeds_BTD, deep=deep, deep_at_M=at_M, **more)
 
-    def _hidden(self, batch: Batch, cache: Any = None) -> Tensor:
+    def hidden(self, batch: Batch, cache: Any = None) -> Tensor:
         """Last hidden states (B, T, D) of the language model."""
         inputs = {k: v.to(self.device, non_blocking=True) for k, v in batch.inputs.items()}
         # Right padding follows every real token, so a causal model needs no mask for it.
-        mask = inputs["attention_mask"] if batch.meta["left"] and batch.meta["padded"] else None
+        seen = self.family.types or (batch.meta["left"] and batch.meta["padded"])
+        mask = inputs["attention_mask"] if seen else None
         call: dict[str, Any] = {
             "attention_mask": mask,
             "past_key_values": cache,
@@ -295,17 +320,14 @@ class HFModel:
         }
         if "position_ids" in inputs and (self.family.grid_rope or mask is not None):
             call["position_ids"] = inputs["position_ids"]
-        if self.family.features is None:
-            pixels = {
-                k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "position_ids")
-            }
-            out = self.hf.model(input_ids=inputs["input_ids"], **pixels, **call)
+        embeds_BTD, deep, at_M = self._embedded(batch, inputs)
+        if deep:
+            at_BT = torch.zeros(embeds_BTD.shape[:2], dtype=torch.bool, device=self.device)
+            at_BT.view(-1)[at_M] = True
+            call |= {"visual_pos_masks": at_BT, "deepstack_visual_embeds": deep}
+        if self.family.types:  # the mask over images or prefix is made by the model around its language model
+            out = self.hf.model(inputs_embeds=embeds_BTD, token_type_ids=inputs["token_type_ids"], **call)
         else:
-            embeds_BTD, deep, at_M = self._embedded(batch, inputs)
-            if deep:
-                at_BT = torch.zeros(embeds_BTD.shape[:2], dtype=torch.bool, device=self.device)
-                at_BT.view(-1)[at_M] = True
-                call |= {"visual_pos_masks": at_BT, "deepstack_visual_embeds": deep}
             out = self.language(inputs_embeds=embeds_BTD, **call)
         hidden: Tensor = out.last_hidden_state
         return hidden
@@ -327,7 +349,7 @@ class HFModel:
         hooks = [layer.mlp.register_forward_hook(keep) for layer in self.language.layers]
         try:
             with self._images(batch), self.autocast():
-                self._hidden(batch)
+                self.hidden(batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -342,9 +364,8 @@ class HFModel:
         D, places, at_M = embeds_BTD.shape[-1], batch.meta.get("places"), batch.meta["image_index"]
         deep: list[Tensor] = []
         if batch.meta["images"]:
-            features = self._frozen_features(batch) if self.frozen_tower else self._live_features(inputs)
-            assert self.family.project is not None
-            image_MD, *deep = self.family.project(self.hf, features).to(embeds_BTD.dtype).split(D, dim=-1)
+            shown = self._shown(batch).to(embeds_BTD.dtype)
+            image_MD, *deep = shown.split(D, dim=-1)
             flat = embeds_BTD.flatten(0, 1).index_copy(0, at_M.to(self.device), image_MD)
             embeds_BTD = flat.view_as(embeds_BTD)
         if self.prompts and places:
@@ -352,15 +373,43 @@ class HFModel:
             at_M = places.moved(at_M) if deep else at_M
         return embeds_BTD, deep, at_M.to(self.device)
 
-    def _live_features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _shown(self, batch: Batch) -> Tensor:
+        """Embeddings (M, D) of all image tokens of the batch, or (M, (1 + n) D) with those of early layers."""
+        refs: Sequence[ImageRef] = batch.meta["images"]
+        if self.family.features is None:
+            return torch.cat(
+                [
+                    self._stock_features(*of)
+                    for of in zip(batch.meta["pixels"], batch.image_row_I, strict=True)
+                ]
+            )
+        assert self.family.project is not None
+        each = self.tower_features(batch) if self.frozen_tower else self._live_features(batch)
+        rows = [len(f) for f in each] if not self.family.stack else [1] * len(refs)
+        return self.family.project(self.hf, torch.cat(each), rows, [r.size for r in refs])
+
+    def _live_features(self, batch: Batch) -> list[Tensor]:
+        """Tower features with adapters in the tower: together where the family allows it, else one by one."""
         assert self.family.features is not None
-        return self.family.features(self.hf, inputs)
+        pixels = [{k: v.to(self.device) for k, v in p.items()} for p in batch.meta["pixels"]]
+        if self.family.stack:
+            return [self.family.features(self.hf, {k: torch.cat([p[k] for p in pixels]) for k in pixels[0]})]
+        out = []
+        for inputs, ref, row in zip(pixels, batch.meta["images"], batch.image_row_I, strict=True):
+            with self.adapters.images(
+                row[None].to(self.device), torch.tensor([ref.n_rows], device=self.device)
+            ):
+                out.append(self.family.features(self.hf, inputs))
+        return out
+
+    def _stock_features(self, inputs: Mapping[str, Tensor], row: Tensor) -> Tensor:
+        """What the model itself makes of one picture: (M, D). Adapters in front see the sample it belongs to."""
+        with self.adapters.images(row[None].to(self.device)):
+            out = self.hf.model.get_image_features(**{k: v.to(self.device) for k, v in inputs.items()})
+        made = getattr(out, "pooler_output", out)
+        return torch.cat([m.flatten(0, -2) for m in ([made] if isinstance(made, Tensor) else made)])
 
     # -- the frozen tower ------------------------------------------------------------------------------------
-
-    def _frozen_features(self, batch: Batch) -> Tensor:
-        """Tower features of every image of the batch, concatenated: from the cache, or computed and kept."""
-        return torch.cat(self.tower_features(batch))
 
     @torch.no_grad()
     def tower_features(self, batch: Batch) -> list[Tensor]:
@@ -433,7 +482,7 @@ class HFModel:
         """What keeps the keys and values of a batch of so many rows and, at most, so many tokens."""
         if not self.fast:
             return DynamicCache(config=self.text_config)
-        like = cast(Tensor, self.head.weight)
+        like = cast(Tensor, self.head.layer.weight)
         with self.autocast():
             if torch.is_autocast_enabled(self.device.type):
                 like = like[:0].to(torch.get_autocast_dtype(self.device.type))
@@ -443,7 +492,7 @@ class HFModel:
         """Run the prompts into the cache; logits of the next token (B, V)."""
         if not self.fast:
             with self._images(batch), self.autocast():
-                return next_logits(self._hidden(batch, cache), self.head)
+                return next_logits(self.hidden(batch, cache), self.head)
         T, mix = batch.inputs["attention_mask"].shape[1], self.adapters.mix
         if self.frozen_tower:
             self.tower_features(batch)  # in large calls; the parts find them in the cache
@@ -501,7 +550,9 @@ class HFModel:
 
     def fingerprint(self) -> str:
         """A short hash of the base: config and a strided sample of every weight, taken before adapters."""
-        return self._fingerprint
+        return (
+            self._fingerprint if self.encode.square == "crop" else f"{self._fingerprint}-{self.encode.square}"
+        )
 
     def n_parameters(self) -> int:
         """Parameters of the frozen base."""
@@ -511,7 +562,7 @@ class HFModel:
         """Forward FLOPs of a token in the language model: 2 x its parameters, head included, table not."""
         of_language = sum(p.numel() for n, p in self.language.named_parameters() if not _is_adapter(n))
         table = sum(p.numel() for p in self.embed.parameters())
-        head = sum(p.numel() for p in self.head.parameters())
+        head = sum(p.numel() for p in self.head.layer.parameters())
         return float(2 * (of_language - table + head))
 
 
@@ -520,11 +571,17 @@ def _is_adapter(name: str) -> bool:
     return any(part in name for part in parts)
 
 
-def _image_token(config: Any) -> int:
+def image_token(config: Any) -> int:
+    """The id that stands for a piece of an image; -1 for a model of text only."""
     for key in ("image_token_id", "image_token_index"):
         if getattr(config, key, None) is not None:
             return int(getattr(config, key))
-    raise RetainError(f"the config of {config.model_type!r} names no image token")
+    if hasattr(config, "vision_config"):
+        raise RetainError(
+            f"a model of type {config.model_type!r} cannot be tuned: its config names no token that stands for an image "
+            "(image_token_id), so pictures are no part of its row of tokens"
+        )
+    return -1
 
 
 def fingerprint(model: nn.Module, sample: int = 64) -> str:

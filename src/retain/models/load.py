@@ -1,5 +1,5 @@
-"""Loading a stock Hugging Face checkpoint: model, tokenizer and a Pillow image processor, without
-torchvision.
+"""Loading a stock Hugging Face checkpoint: the model and its own processor, with Pillow image processors where there
+is no torchvision.
 
 A local folder is read offline; a Hub id is fetched by transformers. A name that looks like a folder and is
 not there is an error here, before anything asks the network.
@@ -8,56 +8,58 @@ not there is an error here, before anything asks the network.
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
 )
+from transformers.models.auto import processing_auto
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.processing_utils import ProcessorMixin
 
 from retain.types import RetainError
 
 
-class PlainProcessor:
-    """Tokenizer and image processor side by side, for processors whose class insists on a video processor.
+class Words:
+    """A tokenizer where a processor is asked for: the model takes text only."""
 
-    Images become tokens by the rule of Qwen-VL (a token per merged group of patches), or of InternVL where `per_crop`
-    says how many tokens stand for a crop.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        image_processor: Any,
-        chat_template: str | None,
-        image_token: str,
-        per_crop: int = 0,
-    ) -> None:
-        self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.chat_template, self.image_token, self.per_crop = chat_template, image_token, per_crop
-        self.images_kwargs = {"crop_to_patches": True} if per_crop else {}  # InternVLProcessor's default
-
-    def replace_image_token(self, image_inputs: dict[str, Any], index: int) -> str:
-        """What stands for an image in the text."""
-        if self.per_crop:
-            many = self.per_crop * image_inputs["num_patches"][index]
-            return (
-                f"{self.tokenizer.start_image_token}{self.image_token * many}{self.tokenizer.end_image_token}"
-            )
-        merged = int(image_inputs["image_grid_thw"][index].prod()) // self.image_processor.merge_size**2
-        return str(self.image_token * merged)
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """The two parts, as their own classes write them, and the chat template with the tokenizer."""
-        if self.chat_template and not self.tokenizer.chat_template:
-            self.tokenizer.chat_template = self.chat_template
+        """The tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+
+
+class NoVideo(dict[str, Any]):
+    """In the place of a video processor, which needs torchvision: pictures and text never ask it anything.
+
+    An empty mapping, so that a processor's config can be written with it.
+    """
+
+    num_frames = fps = _auto_class = None
+    model_input_names: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nothing to write into a processor's config."""
+        return {}
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Nothing to save."""
 
 
 def where(name_or_dir: str | Path) -> tuple[str, bool]:
@@ -85,8 +87,8 @@ def load_pretrained(
     """The model, in eval mode on its device, and its processor."""
     name, local = where(name_or_dir)
     try:
-        auto: Any = AutoModelForImageTextToText
         config = AutoConfig.from_pretrained(name, local_files_only=local)
+        auto: Any = model_class(config)
         model = auto.from_pretrained(name, config=config, dtype=dtype, local_files_only=local)
         processor = load_processor(name, local, config)
     except (OSError, ValueError) as error:
@@ -94,26 +96,110 @@ def load_pretrained(
     return model.to(device).eval(), processor
 
 
+def model_class(config: Any) -> Any:
+    """The auto class for a config: image and text to text, or text alone."""
+    kind = str(config.model_type)
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForCausalLM
+    raise RetainError(
+        f"a model of type {kind!r} cannot be tuned: transformers knows it neither as image-text-to-text nor as a "
+        "language model that generates"
+    )
+
+
 def load_processor(name: str, local: bool, config: Any = None) -> Any:
-    """AutoProcessor; where its class needs torchvision for videos, tokenizer and Pillow image processor."""
-    reason: object = "AutoProcessor finds no tokenizer with an image processor"
+    """The checkpoint's own processor with Pillow image processors; a tokenizer alone for a model of text.
+
+    Where a processor's class insists on a video processor that needs torchvision, it gets a stand-in for that part.
+    Raises RetainError for a processor that does not say which tokens stand for an image.
+    """
+    if config is not None and str(config.model_type) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return Words(AutoTokenizer.from_pretrained(name, local_files_only=local))
     auto: Any = AutoProcessor
     try:
         processor = auto.from_pretrained(name, local_files_only=local, backend="pil")
-        if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
-            return processor
+        if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
+            raise ValueError("AutoProcessor finds no tokenizer with an image processor")
     except (ImportError, TypeError, ValueError, OSError) as error:
-        reason = error
-    auto = AutoImageProcessor
-    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-    images = auto.from_pretrained(name, local_files_only=local, backend="pil")
-    per_crop = int(getattr(config, "image_seq_length", 0) or 0)
-    if per_crop and hasattr(images, "crop_to_patches") and hasattr(tokenizer, "context_image_token"):
-        return PlainProcessor(tokenizer, images, _template(name), tokenizer.context_image_token, per_crop)
-    if not hasattr(images, "merge_size"):
-        raise RetainError(f"the processor of {name!r} cannot be loaded: {reason}")
-    token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
-    return PlainProcessor(tokenizer, images, _template(name), token)
+        processor = _without_video(name, local, error)
+    cls = type(processor)
+    if cls.replace_image_token is ProcessorMixin.replace_image_token:
+        raise RetainError(
+            f"model {name!r}: {cls.__name__} does not say which tokens stand for an image (replace_image_token), so "
+            "examples cannot be prepared one by one; this family cannot be tuned"
+        )
+    return processor
+
+
+def _without_video(name: str, local: bool, reason: Exception) -> Any:
+    """The stock processor class from its stock parts, except for the part that reads videos."""
+    try:
+        given, _ = ProcessorMixin.get_processor_dict(name, local_files_only=local)
+    except OSError:
+        given = {}
+    cls = _processor_class(name, local, given)
+    if cls is None:
+        raise RetainError(f"the processor of {name!r} cannot be loaded: {reason}") from reason
+    loads: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
+    more: dict[str, Any] = {"image_processor": {"backend": "pil"}}
+    parts = [
+        NoVideo() if part == "video_processor" else
+        loads[part].from_pretrained(name, local_files_only=local, **more.get(part, {}))
+        for part in cls.get_attributes()
+    ]  # fmt: skip
+    made = without_video(cls).from_args_and_dict(parts, given)
+    made.chat_template = made.chat_template or _template(name)
+    return made
+
+
+def _processor_class(name: str, local: bool, given: dict[str, Any]) -> Any:
+    """The class of the processor, from its own file: from its package it asks for torchvision. None if there is none."""
+    wanted = given.get("processor_class") or _beside(name, "preprocessor_config.json").get("processor_class")
+    kinds: dict[str, str] = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
+    wanted = wanted or kinds.get(str(AutoConfig.from_pretrained(name, local_files_only=local).model_type))
+    for kind in [k for k, processor in kinds.items() if processor == wanted]:
+        module = _processing(processing_auto.model_type_to_module_name(kind))
+        found = getattr(module, str(wanted), None)
+        if found is not None and {"tokenizer", "image_processor"} <= set(found.get_attributes()):
+            return found
+    return None
+
+
+def _processing(of: str) -> ModuleType | None:
+    """A family's own file of its processor. Where that asks its torchvision file for a function, its Pillow file has it."""
+    place = f"transformers.models.{of}"
+    with suppress(ModuleNotFoundError):
+        return import_module(f"{place}.processing_{of}")
+    with suppress(ModuleNotFoundError):
+        sys.modules[f"{place}.image_processing_{of}"] = import_module(f"{place}.image_processing_pil_{of}")
+        try:
+            return import_module(f"{place}.processing_{of}")
+        finally:
+            del sys.modules[f"{place}.image_processing_{of}"]
+    return None
+
+
+def _beside(name: str, file: str) -> dict[str, Any]:
+    """A JSON file of a local checkpoint; empty where there is none."""
+    path = Path(name) / file
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def without_video(cls: Any) -> Any:
+    """A stock processor's class that takes `NoVideo` for its video part; all else, its name too, is the stock class's."""
+    return type(
+        cls.__name__,
+        (cls,),
+        {"check_argument_for_proper_class": lambda *_: None, "__module__": cls.__module__},
+    )
+
+
+def _class_name(name: str, given: dict[str, Any]) -> str:
+    """The processor's class as the checkpoint names it, else as transformers knows it for the type of model."""
+    kind = str(AutoConfig.from_pretrained(name).model_type)
+    return str(given.get("processor_class") or vars(processing_auto)["PROCESSOR_MAPPING_NAMES"].get(kind, ""))
 
 
 def _template(name: str) -> str | None:

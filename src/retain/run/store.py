@@ -105,7 +105,7 @@ def _pack(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
     if isinstance(value, Path):
         return {"$path": str(value)}
     if isinstance(value, Example):
-        turns = [(m.role, m.text, m.images) for m in value.messages]
+        turns = [(m.role, m.text, m.images, *([m.at] if m.at else [])) for m in value.messages]
         body = (value.id, turns, value.images, value.references, dict(value.meta))
         return {"$example": [_pack(v, tensors, at) for v in body]}
     if isinstance(value, Mapping):

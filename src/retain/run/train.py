@@ -22,7 +22,7 @@ from torch import Tensor
 from retain.adapters.bank import AdapterBank, Mix
 from retain.adapters.prompt import tokens_in_front
 from retain.method import Context, Method, answer
-from retain.models.base import Model
+from retain.models.base import Model, Turns
 from retain.run.engine import Engine, autocast, peak_memory
 from retain.types import Batch, Examples, RetainError, digest
 
@@ -54,6 +54,7 @@ class Optim:
     group_by_length: bool = True
     checkpoint_every: int = 0
     log_every: int = 10
+    turns: Turns = "all"  # of a conversation every assistant turn is learned, or the last
 
     def __post_init__(self) -> None:
         for name in ("lr", "epochs", "batch_size", "accumulate", "log_every"):
@@ -66,7 +67,11 @@ class Optim:
             raise RetainError(
                 f"optim.accumulate: {self.accumulate} does not divide batch_size {self.batch_size}"
             )
-        for name, choices in (("schedule", ("cosine", "constant")), ("precision", ("fp32", "bf16"))):
+        for name, choices in (
+            ("schedule", ("cosine", "constant")),
+            ("precision", ("fp32", "bf16")),
+            ("turns", ("all", "last")),
+        ):
             if getattr(self, name) not in choices:
                 raise RetainError(f"optim.{name}: {getattr(self, name)!r} is none of {list(choices)}")
 
@@ -139,7 +144,7 @@ def fit(
     has made from the same start are taken from there, and new ones left there.
     """
     engine, bank = engine or Engine(), model.adapters
-    ctx.step, ctx.batch_size = 0, optim.batch_size
+    ctx.step, ctx.batch_size, ctx.turns = 0, optim.batch_size, optim.turns
     settings = digest(method.config())
     bank.mix = answer(method, "adapt", method.adapt(ctx))
     method.begin_task(ctx)
@@ -335,7 +340,7 @@ def _micros(model: Model, examples: Examples, rows: list[int], optim: Optim, eng
     mine = rows[engine.rank :: engine.world]
     size = max(1, math.ceil(optim.batch_size / optim.accumulate / engine.world))
     parts = [mine[i : i + size] for i in range(0, len(mine), size)]
-    return [model.collate([examples[i] for i in part], answers=True) for part in parts]
+    return [model.collate([examples[i] for i in part], answers=True, turns=optim.turns) for part in parts]
 
 
 def _tokens(bank: AdapterBank, batches: Sequence[Batch], mixes: Sequence[Mix]) -> int:
