@@ -60,7 +60,45 @@ def test_llava_turns_and_images(root: Path) -> None:
         "assistant",
     ]
     assert [m.images for m in e.messages] == [0, 1, 0, 1, 0]
-    assert e.question == "And\n?" and e.answer == "two" and len(e.prompt) == 4
+    assert e.question == "And ?" and e.answer == "two" and len(e.prompt) == 4
+    assert e.messages[3].parts() == ("And ", None, "?") and e.messages[1].parts() == (None, "First?")
+
+
+MIXED = "Before:<image>After:<image>What changed?"
+PARTS = ("Before:", None, "After:", None, "What changed?")
+
+
+def test_images_between_words_stay_where_they_are(root: Path) -> None:
+    """In each format; an image in front of the words or behind them stands in front, as in LLaVA."""
+    pair = {"images": ["a.png", "b.png"]}
+    assert one(root, pair | {"conversations": turns(MIXED)}).messages[0].parts() == PARTS
+    assert one(root, pair | {"text": MIXED, "answer": "the colour"}).messages[0].parts() == PARTS
+    asked = {"role": "user", "content": MIXED}
+    listed = {
+        "role": "user",
+        "content": [{"type": "image"} if p is None else {"type": "text", "text": p} for p in PARTS],
+    }
+    for turn in (asked, listed):
+        talk = [turn, {"role": "assistant", "content": "the colour"}]
+        assert one(root, pair | {"messages": talk}).messages[0].parts() == PARTS
+    for text in ("<image>\nWhat?", "What?\n<image>", " <image> What? "):
+        assert one(root, {"image": "a.png", "conversations": turns(text)}).messages[0].parts() == (
+            None,
+            "What?",
+        )
+    said = one(root, {"conversations": turns("Which word?", "<image>")})
+    assert said.answer == "<image>" and said.messages[1].images == 0
+
+
+def test_the_system_field_is_the_first_turn(root: Path) -> None:
+    e = one(root, {"system": "Be brief.", "conversations": turns("Who?")})
+    assert (e.messages[0].role, e.messages[0].text) == ("system", "Be brief.")
+    same = [{"from": "system", "value": "Be brief."}, *turns("Who?")]
+    assert len(one(root, {"system": "Be brief.", "conversations": same}).messages) == 3
+    with pytest.raises(RetainError, match=r"row 1: a system turn is given twice"):
+        one(root, {"system": "Be long.", "conversations": same})
+    with pytest.raises(RetainError, match=r"field 'system': text is needed"):
+        one(root, {"system": 3, "conversations": turns("Who?")})
 
 
 def test_llava_without_placeholder_or_image(root: Path) -> None:

@@ -200,11 +200,17 @@ def test_prompts_and_examples_share_the_context() -> None:
             PromptSpec(**spec)
 
 
-def test_a_family_that_runs_whole_is_refused_by_name() -> None:
+def test_a_family_that_runs_whole_takes_prompts_too() -> None:
     hf, processor = tiny.llava()
     hf.config.model_type = "something_new"
-    with pytest.raises(RetainError, match=r"kind prompt.*something_new"):
-        HFModel(hf, processor, SPEC)
+    answers, known = [], prompted("llava")
+    whole = HFModel(hf, processor, SPEC)
+    whole.adapters.add("a", torch.Generator().manual_seed(0))
+    whole.adapters.load("a", known.adapters.state("a"))
+    for model in (whole, known):
+        with torch.no_grad(), model.adapters.using(Mix({"a": 1.0})):
+            answers.append(model(model.collate(tiny.examples(), answers=True)).logits_NV)
+    torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-5)
 
 
 def test_prompts_have_no_peft_form(tmp_path: Path) -> None:

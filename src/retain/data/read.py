@@ -140,7 +140,7 @@ def _example(row: Row, number: int, file: _File) -> Example:
             "`messages` (Hugging Face) or `text` + `answer` (CoIN test items)"
         )
     images = tuple(_image(v, f"{where}, field '{key}'", file) for key, v in _image_fields(row, where))
-    messages = _placed(messages, len(images), where)
+    messages = _with_system(_placed(messages, len(images), where), row, where)
     if not messages or messages[-1].role != "assistant":
         raise RetainError(f"{where}: the last turn must be the answer (gpt/assistant)")
     if not any(m.role == "user" for m in messages):
@@ -175,18 +175,18 @@ def _messages(row: Row, where: str) -> tuple[list[Message], Row]:
             continue
         if not isinstance(content, list):
             raise RetainError(f"{at}.content: text or a list of parts is needed, not {_show(content)}")
-        texts, n_images = [], 0
+        parts: list[str | None] = []
         for j, part in enumerate(content):
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "text":
-                texts.append(_str(part.get("text"), f"{at}.content[{j}].text"))
+                parts.append(_str(part.get("text"), f"{at}.content[{j}].text"))
             elif kind == "image":
-                n_images += 1
+                parts.append(None)
                 inline += [part[k] for k in ("image", "path") if part.get(k) is not None][:1]
             else:
                 raise RetainError(f"{at}.content[{j}].type: {_show(kind)}; choose 'text' or 'image'")
-        message = _message(role, "\n".join(texts))
-        out.append(Message(role, message.text, message.images + n_images))
+        words = "".join(p for p in parts if p is not None)
+        out.append(_mixed(role, parts) if None in parts else _message(role, words))
     if inline and "images" in row:
         raise RetainError(f"{where}: images are given twice, in `images` and inside `messages`; keep one")
     return out, {**row, "images": inline} if inline else row
@@ -217,9 +217,44 @@ def _answer(value: Any, at: str) -> str:
 
 
 def _message(role: Role, text: str) -> Message:
-    """A turn with its placeholders counted and taken out: images stand before the text of their turn."""
-    count = text.count(IMAGE)
-    return Message(role, re.sub(rf"\s*{IMAGE}\s*", "\n", text).strip() if count else text, count)
+    """A turn with its placeholders counted and taken out.
+
+    Images in front of the text, or behind it, stand in front, as in LLaVA (`preprocess_multimodal`); images between
+    words stay where they are. In an answer `<image>` is a word.
+    """
+    if role == "assistant" or IMAGE not in text:
+        return Message(role, text)
+    pieces = text.split(IMAGE)
+    for words, others in ((pieces[-1], pieces[:-1]), (pieces[0], pieces[1:])):
+        if not any(p.strip() for p in others):
+            return Message(role, words.strip(), len(pieces) - 1)
+    return _mixed(role, [part for p in pieces for part in (p, None)][:-1])
+
+
+def _mixed(role: Role, parts: Sequence[str | None]) -> Message:
+    """A turn of texts and images (None) in their order."""
+    text, at = "", []
+    for part in parts:
+        if part is None:
+            at.append(len(text))
+        else:
+            text += part
+    return Message(role, text, len(at), tuple(at) if any(at) else ())
+
+
+def _with_system(messages: list[Message], row: Row, where: str) -> list[Message]:
+    """The row's `system` field as the first turn."""
+    value = row.get("system")
+    if value is None or value == "":
+        return messages
+    text = _str(value, f"{where}, field 'system'")
+    if messages and messages[0].role == "system":
+        if messages[0].text == text:
+            return messages
+        raise RetainError(
+            f"{where}: a system turn is given twice, in the field 'system' and as the first turn; keep one"
+        )
+    return [Message("system", text), *messages]
 
 
 def _placed(messages: list[Message], n_images: int, where: str) -> list[Message]:

@@ -97,7 +97,10 @@ class Encoder:
         self.tokenizer = processor.tokenizer
         self.max_length, self.truncate, self.square = max_length, truncate, square
         self.family = family or Family("?", "", "", ())
-        self.template: str = processor.chat_template or self.tokenizer.chat_template or self.family.template
+        self.told: str | None = (
+            processor.chat_template or self.tokenizer.chat_template
+        )  # the checkpoint's own
+        self.template: str = self.told or self.family.template
         self.image_token = placeholder(processor, image_token_id)
         self.pixels: ByteLRU[Mapping[str, Tensor]] = ByteLRU(budget)
         self._control, _ = _get_control_token_patterns(self.tokenizer._get_control_tokens(self.template))
@@ -139,7 +142,9 @@ class Encoder:
     # -- text ------------------------------------------------------------------------------------------------
 
     def content(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """The messages as a chat template takes them, images in their places."""
+        """The messages as a chat template takes them, images in their places; of a language model, plain texts."""
+        if not self.family.tower and self.told:
+            return [{"role": m.role, "content": m.text} for m in messages]
         return [
             {
                 "role": m.role,
@@ -172,6 +177,9 @@ class Encoder:
     def _safe(self, content: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Every text with its control tokens marked, and with placeholders of images that are none."""
         for message in content:
+            if isinstance(message["content"], str):
+                message["content"] = self._marked(message["content"])
+                continue
             for part in message["content"]:
                 if "text" in part:
                     part["text"] = self._marked(part["text"])
@@ -182,9 +190,17 @@ class Encoder:
         return out
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a rendered conversation; BOS is added unless the template wrote it."""
+        """Token ids of a rendered conversation, with BOS where the stock call adds it.
+
+        A processor does unless the template wrote it; a tokenizer leaves it to the template where there is one.
+        """
+        return self._tokens(text, self.adds_bos(text))
+
+    def adds_bos(self, text: str) -> bool:
+        """Whether the stock call puts special tokens around a rendered conversation."""
         bos = self.tokenizer.bos_token
-        return self._tokens(text, not (bos and text.startswith(bos)))
+        leaves = bool(self.told) and not hasattr(self.processor, "image_processor")
+        return not leaves and not (bos and text.startswith(bos))
 
     def _tokens(self, text: str, special: bool) -> tuple[int, ...]:
         found = self._ids.get((text, special))
@@ -234,10 +250,8 @@ class Encoder:
         except TemplateError as error:
             raise RetainError(f"example {example.id!r}: the chat template refuses it: {error}") from None
         for m in messages:
-            lost = next(
-                (t for t in m.parts() if t and m.role != "assistant" and self._marked(t.strip()) not in text),
-                "",
-            )
+            said = [self._marked(t) for t in m.parts() if t and m.role != "assistant"]
+            lost = next((t for t in said if not _within(t, text)), "")
             if lost:
                 raise RetainError(
                     f"example {example.id!r}: the chat template drops the {m.role} turn {lost[:40]!r}; "
@@ -430,3 +444,8 @@ def padded(image: PILImage.Image, background: tuple[int, ...]) -> PILImage.Image
     out = PILImage.new("RGB", (side, side), background)
     out.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return out
+
+
+def _within(part: str, text: str) -> bool:
+    """Whether a text holds another, whatever was done to its blanks."""
+    return part.strip() in text or "".join(part.split()) in "".join(text.split())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from retain.adapters.bank import AdapterBank, Mix
 from retain.files import read_json, write_json
 from retain.models.encode import Encoder
 from retain.models.family import Family
+from retain.models.stock import Stock
 from retain.types import Batch, Example, Message, Output, RetainError
 
 ABSOLUTE = 1e-3  # fp32, of logits and loss: sums in another order
@@ -160,97 +162,14 @@ def _picture(seed: int, width: int, height: int) -> PILImage.Image:
 
 def _taken(model: Probed, example: Example) -> bool:
     try:
-        _stock_prompt(model, example)
+        _stock(model).prompt(example)
     except REFUSED:
         return False
     return True
 
 
-# -- the other side --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Stock:
-    """What Hugging Face says of one conversation."""
-
-    ids: tuple[int, ...]
-    next_V: Tensor
-    then_V: Tensor  # after the first answer token
-    loss: float
-    hidden_D: Tensor | None
-
-
-def _stock_prompt(model: Probed, example: Example) -> dict[str, Tensor]:
-    """The prompt by the stock processor's own call."""
-    processor, encode = model.processor, model.encode
-    pictures = [encode.opened(source, example.id) for source in example.images]
-    if not hasattr(processor, "image_processor"):
-        text = encode.render(example.prompt, generate=True)
-        return dict(processor.tokenizer(text, add_special_tokens=_bos(model, text), return_tensors="pt"))
-    if processor.chat_template or processor.tokenizer.chat_template:
-        turns = encode.content(example.prompt)
-        shown = iter(pictures)
-        for turn in turns:
-            for part in turn["content"]:
-                if part["type"] == "image":
-                    part["image"] = next(shown)
-        more = {} if processor.chat_template else {"chat_template": processor.tokenizer.chat_template}
-        return dict(
-            processor.apply_chat_template(
-                turns,
-                tokenize=True,
-                return_dict=True,
-                add_generation_prompt=True,
-                return_tensors="pt",
-                **more,
-            )
-        )
-    text = encode.render(example.prompt, generate=True)
-    more = {} if _bos(model, text) else {"add_special_tokens": False}
-    return dict(processor(images=[pictures] if pictures else None, text=[text], return_tensors="pt", **more))
-
-
-def _bos(model: Probed, text: str) -> bool:
-    bos = model.processor.tokenizer.bos_token
-    return not (bos and text.startswith(bos))
-
-
-def _stock(model: Probed, example: Example, answer: tuple[int, ...]) -> _Stock:
-    """The model's own forward of prompt, of prompt and first answer token, and of the whole with labels."""
-    inputs = {k: v.to(model.device) for k, v in _stock_prompt(model, example).items() if k != "labels"}
-    dtype = model.hf.dtype
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    T = inputs["input_ids"].shape[1]
-    with torch.no_grad(), model.autocast():
-        out = model.hf(**inputs, output_hidden_states=True)
-        then = model.hf(**_longer(inputs, answer[:1], model))
-        whole = _longer(inputs, answer, model)
-        labels = whole["input_ids"].clone()
-        labels[:, :T] = -100
-        loss = model.hf(**whole, labels=labels).loss
-    hidden = out.hidden_states[-1][0, -1].float().cpu() if out.hidden_states is not None else None
-    ids = tuple(inputs["input_ids"][0].tolist())
-    return _Stock(ids, out.logits[0, -1].float().cpu(), then.logits[0, -1].float().cpu(), float(loss), hidden)
-
-
-def _longer(inputs: Mapping[str, Tensor], answer: tuple[int, ...], model: Probed) -> dict[str, Tensor]:
-    """The prompt's inputs with answer tokens behind: seen, and of the type that this family's answers have."""
-    n = len(answer)
-    kinds = model.encode.types([0], [0])
-    of_answer = {
-        "input_ids": torch.tensor(answer),
-        "attention_mask": torch.ones(n),
-        "token_type_ids": torch.zeros(n),
-    }
-    if kinds is not None:
-        of_answer["token_type_ids"] = torch.full((n,), kinds[-1])
-    out = dict(inputs)
-    T = inputs["input_ids"].shape[1]
-    for key, value in inputs.items():
-        if value.ndim == 2 and value.shape == (1, T) and not value.is_floating_point():
-            more = of_answer.get(key, torch.zeros(n)).to(value)
-            out[key] = torch.cat([value, more[None]], dim=1)
-    return out
+def _stock(model: Probed) -> Stock:
+    return Stock(model.hf, model.processor, model.encode, model.autocast)
 
 
 # -- both sides ------------------------------------------------------------------------------------------------
@@ -258,36 +177,46 @@ def _longer(inputs: Mapping[str, Tensor], answer: tuple[int, ...], model: Probed
 
 def compare(model: Probed) -> list[Finding]:
     """Every comparison, whether it agrees or not; the model's adapters are off."""
-    cases = probe(model)
-    was = model.training
+    was, limit = model.training, model.encode.max_length
     model.train(False)
+    model.encode.max_length = sys.maxsize  # a recipe's max_length is about its own examples
     try:
         with model.adapters.using(Mix({})), torch.no_grad():
-            return list(_compared(model, cases))
+            return list(_compared(model, probe(model)))
     finally:
+        model.encode.max_length = limit
         model.train(was)
 
 
 def _compared(model: Probed, cases: Mapping[str, Example]) -> Iterator[Finding]:
     encoded = {name: model.encode(e) for name, e in cases.items()}
-    theirs = {name: _stock(model, e, encoded[name].answer) for name, e in cases.items()}
+    theirs = {name: _stock(model).ask(e) for name, e in cases.items()}
     together = model.collate(list(cases.values()), answers=True)
     asked = model.collate(list(cases.values()), answers=False)
     out, (first_BV, then_BV) = (
         model(together),
         _decoded(model, asked, [e.answer[0] for e in encoded.values()]),
     )
-    for i, (name, stock) in enumerate(theirs.items()):
+    for i, (name, said) in enumerate(theirs.items()):
         ids = encoded[name].prompt
-        wrong = sum(a != b for a, b in zip(ids, stock.ids, strict=False)) + abs(len(ids) - len(stock.ids))
-        yield Finding(name, "token ids", float(wrong), 0.0)
-        allowed = _allowed(model, stock.next_V)
+        yield Finding(name, "token ids", _unlike(ids, said.ids), 0.0)
+        whole = _stock(model).written(cases[name])
+        if (
+            whole[: len(ids)] == ids
+        ):  # else the template writes a finished turn otherwise than it asks for one
+            yield Finding(
+                name,
+                "token ids of the answer",
+                _answered(model, encoded[name].answer, whole[len(ids) :]),
+                0.0,
+            )
+        allowed = tolerance(model.hf.dtype, model.precision, said.answer_NV)
         mine = out.row_N == i
         loss = float(F.cross_entropy(out.logits_NV[mine].float(), out.labels_N[mine]))
-        yield Finding(name, "loss", abs(loss - stock.loss), allowed)
-        yield Finding(name, "logits, training", _far(out.logits_NV[mine][0], stock.next_V), allowed)
-        yield Finding(name, "logits, next token", _far(first_BV[i], stock.next_V), allowed)
-        yield Finding(name, "logits, token after", _far(then_BV[i], stock.then_V), allowed)
+        yield Finding(name, "loss", abs(loss - said.loss), allowed)
+        yield Finding(name, "logits, training", _far(out.logits_NV[mine], said.answer_NV), allowed)
+        yield Finding(name, "logits, next token", _far(first_BV[i], said.next_V), allowed)
+        yield Finding(name, "logits, token after", _far(then_BV[i], said.answer_NV[1]), allowed)
 
 
 def _decoded(model: Probed, batch: Any, answers: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -304,13 +233,27 @@ def _decoded(model: Probed, batch: Any, answers: Sequence[int]) -> tuple[Tensor,
     return first_BV, then_BV
 
 
+def _unlike(ours: Sequence[int], theirs: Sequence[int]) -> float:
+    """Tokens that differ, or that one side has and the other lacks."""
+    return float(sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs)))
+
+
+def _answered(model: Probed, answer: Sequence[int], theirs: Sequence[int]) -> float:
+    """Answer tokens that differ; the one that ends it only where the template writes one (LLaVA's writes none)."""
+    *words, end = answer
+    n = len(words)
+    ends = theirs[n : n + 1]
+    return _unlike(words, theirs[:n]) + float(bool(ends) and ends[0] in model.encode.eos and ends[0] != end)
+
+
 def _far(a: Tensor, b: Tensor) -> float:
     return float((a.float().cpu() - b).abs().max())
 
 
-def _allowed(model: Probed, logits_V: Tensor) -> float:
-    exact = model.hf.dtype == torch.float32 and model.precision == "fp32"
-    return ABSOLUTE if exact else RELATIVE * max(1.0, float(logits_V.abs().max()))
+def tolerance(dtype: torch.dtype, precision: str, logits: Tensor) -> float:
+    """The largest difference of logits that sums in another order explain."""
+    exact = dtype == torch.float32 and precision == "fp32"
+    return ABSOLUTE if exact else RELATIVE * max(1.0, float(logits.abs().max()))
 
 
 def _sentence(model: Probed, wrong: Sequence[Finding]) -> str:
@@ -331,26 +274,21 @@ def _sentence(model: Probed, wrong: Sequence[Finding]) -> str:
 def _source(model: Probed, wrong: Sequence[Finding]) -> str:
     """Ids, head, padding, mask or positions: which of them, by asking again."""
     names = {f.case for f in wrong}
-    if any(f.what == "token ids" for f in wrong):
+    if any(f.what.startswith("token ids") for f in wrong):
         return "token ids differ"
-    cases = {name: e for name, e in probe(model).items() if name in names}
-    example = next(iter(cases.values()))
+    example = next(e for name, e in probe(model).items() if name in names)
+    if all(f.what in ("loss", "logits, training") for f in wrong):
+        return "the mask over the answer, or its positions, differ"
     with model.adapters.using(Mix({})), torch.no_grad():
-        stock = _stock(model, example, model.encode(example).answer)
-        allowed = _allowed(model, stock.next_V)
+        said = _stock(model).ask(example)
+        allowed = tolerance(model.hf.dtype, model.precision, said.answer_NV)
         alone = model.collate([example], answers=False)
-        if all(f.what == "loss" or f.what == "logits, training" for f in wrong):
-            return "the mask over the answer, or its positions, differ"
         mine, _ = _decoded(model, alone, model.encode(example).answer[:1])
-        if _far(mine[0], stock.next_V) <= allowed:
-            only = all(f.what == "logits, token after" for f in wrong)
-            return (
-                "positions or mask of generated tokens differ"
-                if only
-                else "the mask or the positions of padded rows differ"
-            )
-        hidden = model.hidden(alone)[0, -1] if stock.hidden_D is not None else None
-    if hidden is not None and stock.hidden_D is not None and _far(hidden, stock.hidden_D) <= allowed:
+        if _far(mine[0], said.next_V) <= allowed:
+            later = all(f.what == "logits, token after" for f in wrong)
+            return f"the mask or the positions of {'generated tokens' if later else 'padded rows'} differ"
+        hidden = model.hidden(alone)[0, -1] if said.hidden_D is not None else None
+    if hidden is not None and said.hidden_D is not None and _far(hidden, said.hidden_D) <= allowed:
         return "the head differs"
     return "image features, mask or positions differ" if example.images else "mask or positions differ"
 
@@ -369,7 +307,7 @@ def _store(model: Probed) -> Path:
     told = [
         model.fingerprint(), str(model.hf.dtype), model.precision, model.family.name, model.device.type,
         type(model.hf).__name__, _of_processor(model), _version("retain"), _version("transformers"), _sources(),
-        sorted(model.adapters.sites), model.encode.max_length,
+        sorted(model.adapters.sites),
     ]  # fmt: skip
     return cache_folder() / "guard" / f"{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]}.json"
 

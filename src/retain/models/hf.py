@@ -32,7 +32,7 @@ from retain.models import decoder
 from retain.models.base import Turns
 from retain.models.cache import ByteLRU
 from retain.models.encode import Encoder, ImageRef, Square
-from retain.models.family import FAMILIES, Family, family_of
+from retain.models.family import Family, family_of
 from retain.models.generate import greedy, next_logits
 from retain.models.guard import check
 from retain.models.guide import Guider, GuideSource, prototype_width
@@ -95,10 +95,10 @@ class HFModel:
             signature=signature,
         )
         self.prompts: Prompts | None = prompts_of(self.adapters)
-        if self.prompts and (self.family.types or (self.family.tower and self.family.features is None)):
+        if self.prompts and self.family.types:
             raise RetainError(
-                f"adapter: kind prompt puts embeddings before the text, and the {self.family.name} family takes "
-                f"token ids only; use one of {sorted(FAMILIES)}, or kind lora"
+                f"adapter: kind prompt puts embeddings before the text, and in the {self.family.name} family the mask "
+                "depends on what stands where; use kind lora"
             )
         self.frozen_tower = self.family.features is not None and not any(
             path.startswith(self.family.tower + ".") and not path.startswith(self.family.projector)

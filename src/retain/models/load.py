@@ -160,7 +160,7 @@ def _processor_class(name: str, local: bool, given: dict[str, Any]) -> Any:
     kinds: dict[str, str] = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
     wanted = wanted or kinds.get(str(AutoConfig.from_pretrained(name, local_files_only=local).model_type))
     for kind in [k for k, processor in kinds.items() if processor == wanted]:
-        module = _processing(processing_auto.model_type_to_module_name(kind))
+        module = _processing(vars(processing_auto)["model_type_to_module_name"](kind))
         found = getattr(module, str(wanted), None)
         if found is not None and {"tokenizer", "image_processor"} <= set(found.get_attributes()):
             return found
