@@ -30,48 +30,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
-IMAGE = object()
-"""Stands for a picture among the parts of a turn."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Who speaks, and texts and IMAGEs in their order."""
-
-    role: str
-    parts: tuple[Any, ...]
-
-    @property
-    def text(self) -> str:
-        """The text without its pictures."""
-        return "".join(p for p in self.parts if p is not IMAGE)
-
-    @property
-    def at(self) -> tuple[int, ...]:
-        """Offsets in `text` of the pictures."""
-        return tuple(
-            sum(len(p) for p in self.parts[:i] if p is not IMAGE)
-            for i, p in enumerate(self.parts)
-            if p is IMAGE
-        )
-
-
-@dataclass(frozen=True)
-class Talk:
-    """A conversation that ends with an assistant turn, and its pictures in order."""
-
-    turns: tuple[Turn, ...]
-    images: tuple[Image.Image, ...] = ()
-
-    @property
-    def answer(self) -> str:
-        """The text to learn, or to find."""
-        return self.turns[-1].text
-
-
-def talk(*turns: tuple[Any, ...], images: Sequence[Image.Image] = ()) -> Talk:
-    """`talk(("user", IMAGE, "What?"), ("assistant", "red"), images=[...])`."""
-    return Talk(tuple(Turn(role, parts) for role, *rest in turns for parts in [tuple(rest)]), tuple(images))
+from talks import IMAGE, Talk, Turn
 
 
 @dataclass(frozen=True)
@@ -184,7 +143,7 @@ class Stock:
         """The conversation as text, one placeholder per picture."""
         if self.paired:
             assert len(turns) == 1, "PaliGemma answers one question"
-            return "<image>" * len(turns[0].at) + turns[0].text
+            return "".join("<image>" if p is IMAGE else p for p in turns[0].parts)
         text = self.processor.apply_chat_template(
             self.messages(turns), tokenize=False, add_generation_prompt=generate
         )

@@ -43,7 +43,10 @@ _IMAGES_FIRST = (
     "{%% for c in m['content'] | selectattr('type', 'equalto', 'image') %%}{{ '%s' }}{%% endfor %%}"
     "{%% for c in m['content'] | selectattr('type', 'equalto', 'text') %%}{{ %s }}{%% endfor %%}"
 )
-_IN_ORDER = "{%% for c in m['content'] %%}{%% if c['type'] == 'image' %%}{{ '%s' }}{%% else %%}{{ c['text'] }}{%% endif %%}{%% endfor %%}"
+_IN_ORDER = (
+    "{%% for c in m['content'] %%}{%% if c['type'] == 'image' %%}{{ '%s' }}{%% else %%}{{ c['text'] }}{%% endif %%}"
+    "{%% endfor %%}"
+)
 
 LLAVA = (  # llava-1.5-7b-hf: all images first; no BOS, no end token
     "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}{% endif %}"
@@ -727,9 +730,10 @@ def idefics2() -> Made:
 
 def florence2() -> Made:
     """Florence-2 (Florence-2-base): an encoder and a decoder."""
-    vocab, merges = _byte_level()
-    special = ["<image>"]
-    tok = backend_tokenizer(special, bos="<s>", eos="</s>", pad="<pad>", adds_bos=True)
+    named = {"image_token": "<image>"}
+    tok = backend_tokenizer(
+        ["<image>"], bos="<s>", eos="</s>", pad="<pad>", adds_bos=True, model_specific_special_tokens=named
+    )
     text = {
         "model_type": "bart", "vocab_size": _vocab(tok), "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
         "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
@@ -850,6 +854,7 @@ def _hush(model: Any, tok: Any) -> None:
         return
     tokens = tok.convert_ids_to_tokens(range(len(tok)))
     ends = {tok.eos_token, "<end_of_utterance>", "<end_of_turn>"}
-    plain = [t.lstrip("▁Ġ").isascii() and t.strip("▁Ġ").isalnum() or t in ends for t in tokens]
+    words = [t.lstrip("▁Ġ") for t in tokens]
+    plain = [t in ends or (w.isascii() and w.isalnum()) for t, w in zip(tokens, words, strict=True)]
     head.weight[: len(tok)][~torch.tensor(plain)] *= 0.1
     head.weight[len(tok) :] *= 0.1
