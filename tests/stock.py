@@ -173,7 +173,7 @@ class Stock:
         made.pop("labels", None)
         return made
 
-    def call(self, talks: Sequence[Talk]) -> dict[str, Any]:
+    def call(self, talks: Sequence[Talk], **options: Any) -> dict[str, Any]:
         """`apply_chat_template(tokenize=True)`: the call of every model card."""
         shown = [self.messages(t.turns[:-1]) for t in talks]
         for t, messages in zip(talks, shown, strict=True):
@@ -185,7 +185,13 @@ class Stock:
         if self.processor is not self.tokenizer:
             more = {"processor_kwargs": more}
         out = self.processor.apply_chat_template(
-            shown, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt", **more
+            shown,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            **more,
+            **options,
         )
         return dict(out)
 

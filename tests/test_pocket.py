@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from retain.pocket import stream as bench
 from retain.pocket import POCKET_DIR, lessons, pocket_path
 from retain.pocket import pictures as pic
+from retain.pocket import stream as bench
 from retain.types import digest
 
 

@@ -3,9 +3,9 @@
     python tests/golden/make_processors.py
 
 It wants what `retain` does not: torchvision (of torch's release; its own operators are not used, so a build for
-another device will do) and num2words. For every family of NEEDS and every case of `tests/talks.py` it stores what `AutoProcessor.from_pretrained(folder)` gives for the prompt
-with the Pillow image processor in place (ids and grids whole; of pixels the shape, their sum and a few hundred
-values), and how far torchvision's own resizing is from Pillow's.
+another device will do) and num2words. For every family of NEEDS and every case of `tests/talks.py` it stores what
+`AutoProcessor.from_pretrained(folder)` gives for the prompt with the Pillow image processor in place (ids and grids
+whole; of pixels the shape, their sums and some values), and how far torchvision's own resizing is from Pillow's.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 warnings.filterwarnings("ignore")
 
-import torch
-import transformers
-from transformers import AutoImageProcessor, AutoProcessor
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoImageProcessor, AutoProcessor  # noqa: E402
 
-import stock
-import zoo
-from talks import talks
+import stock  # noqa: E402
+import zoo  # noqa: E402
+from talks import talks  # noqa: E402
 
 SAMPLES = 120
 NEEDS = (
