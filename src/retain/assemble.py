@@ -11,7 +11,7 @@ import importlib.util
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,11 +20,13 @@ from retain.config import FilesSpec, Recipe, TaskSpec, benchmark_call, prefixed
 from retain.data import read
 from retain.method import Method
 from retain.metrics import score
-from retain.models.base import Model
 from retain.run.engine import Engine
 from retain.stream import Stream, Task
 from retain.types import RetainError
 from retain.values import Plain, fill
+
+if TYPE_CHECKING:
+    from retain.models.hf import HFModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,7 +48,7 @@ def build_stream(recipe: Recipe) -> Stream:
     return stream.on_valid() if recipe.eval.split == "valid" else stream
 
 
-def build_model(recipe: Recipe, device: torch.device | None = None) -> Model:
+def build_model(recipe: Recipe, device: torch.device | None = None) -> HFModel:
     """The base model with this recipe's adapters. A Hub id is the only thing ever downloaded."""
     from transformers.utils import logging  # slow to import, and so is the next
 

@@ -474,7 +474,7 @@ def merge_into_base(model: Any, mix: Mix, folder: str | Path, batches: Sequence[
     folder = Path(folder)
     state = {k: v.contiguous() for k, v in merged_state(model, mix).items()}
     model.hf.save_pretrained(folder, state_dict=state)
-    model.processor.save_pretrained(folder)
+    model.save_processor(folder)
     guide = Path(model.name) / "guide" if model.name else Path()
     if model.name and guide.is_dir() and guide.resolve() != (folder / "guide").resolve():
         shutil.copytree(guide, folder / "guide", dirs_exist_ok=True)

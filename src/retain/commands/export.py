@@ -1,29 +1,30 @@
 """A run's model for others: a stock PEFT adapter, or a plain HF checkpoint with the adapter merged in.
 
-Either is loaded again and its logits are compared with the run's own before the command says that it is done.
+What was written is loaded again by the other side, stock Hugging Face and stock PEFT with the checkpoint's own processor,
+and its logits are compared with the run's own before the command says that it is done.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+import gc
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from retain import config
 from retain.adapters.bank import Mix
-from retain.adapters.lora import LoraSpec
-from retain.adapters.peft_format import load_peft, merge_into_base, save_peft
+from retain.adapters.peft_format import merge_into_base, save_peft
 from retain.assemble import build_method, build_model, model_source
 from retain.config import Recipe
-from retain.models.base import Model
+from retain.models import guard
+from retain.models.hf import HFModel
+from retain.models.load import load_pretrained
+from retain.models.stock import Stock
 from retain.run.store import Row, RunDir
-from retain.types import Batch, Example, Message, RetainError
-
-TOLERANCE = 1e-3
-"""Largest relative difference of logits: the sums of a merge are rounded once to the weights' type."""
+from retain.types import Example, RetainError
 
 
 def export(
@@ -35,27 +36,37 @@ def export(
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RetainError(f"{to} exists and is not empty; choose another folder with --to")
     row = _row(run, after)
-    model = build_model(recipe)
+    model = build_model(recipe)  # refused where it is not what Hugging Face's own call says
     row.load_model(model.adapters, None)
     mix = _mix(model, adapter)
-    model.train(False)
-    batch = _probe(model)
-    with torch.no_grad(), model.adapters.using(mix):
-        wanted = model(batch).logits_NV.float()
-    scale = float(wanted.abs().max())
+    wanted = _ours(model, mix)
+    base = model_source(recipe.model.name)
     if merged:
-        worst = merge_into_base(model, mix, to, [batch])
+        merge_into_base(model, mix, to)
     else:
-        save_peft(model.adapters, mix, to, model_source(recipe.model.name))
-        worst = _difference(recipe, to, batch, wanted)
-    if not worst <= TOLERANCE * max(scale, 1.0):
+        save_peft(model.adapters, mix, to, base)
+    encode, dtype, device = model.encode, model.hf.dtype, model.device
+    del model
+    gc.collect()  # the other side needs the memory
+    hf, processor = load_pretrained(to if merged else base, dtype, device)
+    if not merged:
+        hf = _with_peft(hf, to)
+    stock = Stock(hf.eval(), processor, encode)
+    worst, allowed = _compared(
+        wanted, {name: stock.ask(e).answer_NV for name, (e, _) in wanted.items()}, dtype
+    )
+    if not worst <= allowed:
         raise RetainError(
-            f"{to}: logits differ by {worst:.2e} from the run's own (largest logit {scale:.1f}): not usable"
+            f"{to}: loaded by stock {'Hugging Face' if merged else 'PEFT'}, its logits differ by {worst:.2e} from the "
+            f"run's own ({allowed:.0e} is allowed): not usable"
         )
     kind = "a plain Hugging Face checkpoint" if merged else "a PEFT adapter"
-    note = _router_note(recipe)
-    checked = f"logits checked, largest difference {worst:.1e}"
-    return f"{to}: {kind} of {', '.join(mix.names)} after {row.name}; {checked}{note}"
+    other = "Hugging Face" if merged else "PEFT"
+    checked = (
+        f"logits checked against stock {other} with {type(processor).__name__} on {len(wanted)} conversations, "
+        f"largest difference {worst:.1e}"
+    )
+    return f"{to}: {kind} of {', '.join(mix.names)} after {row.name}; {checked}{_router_note(recipe)}"
 
 
 def _row(run: RunDir, after: int | None) -> Row:
@@ -68,7 +79,7 @@ def _row(run: RunDir, after: int | None) -> Row:
     return rows[wanted]
 
 
-def _mix(model: Model, adapter: str | None) -> Mix:
+def _mix(model: HFModel, adapter: str | None) -> Mix:
     bank = model.adapters
     if adapter is not None and adapter not in bank.names:
         raise RetainError(f"no adapter {adapter!r} in this row; choose --adapter from {bank.names}")
@@ -86,24 +97,29 @@ def _router_note(recipe: Recipe) -> str:
     return f"\nnote: {owners[0]} routes per sample; this folder holds one fixed mix, not the router"
 
 
-def _probe(model: Model) -> Batch:
-    """Two drawn examples, one with and one without an image: enough to pass every adapted layer."""
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-
-    def example(name: str, images: int) -> Example:
-        turns = (Message("user", "What is shown here?", images), Message("assistant", "A small square."))
-        return Example(name, turns, (pixels,) * images)
-
-    return model.collate([example("with", 1), example("without", 0)], answers=True)
+Wanted = Mapping[str, tuple[Example, Tensor]]
+"""The guard's conversations, and our logits behind every answer token of each: (N, V)."""
 
 
-def _difference(recipe: Recipe, folder: Path, batch: Batch, wanted: torch.Tensor) -> float:
-    """Load the written adapter into a fresh base and compare logits."""
-    written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    assert isinstance(recipe.adapter, LoraSpec), "save_peft refuses other kinds"
-    spec = replace(recipe.adapter, rank=int(written["r"]), alpha=float(written["lora_alpha"]))
-    fresh = build_model(replace(recipe, adapter=spec))
-    load_peft(fresh.adapters, "exported", folder)
-    fresh.train(False)
-    with torch.no_grad(), fresh.adapters.using(Mix({"exported": 1.0})):
-        return float((fresh(batch).logits_NV.float() - wanted).abs().max())
+def _ours(model: HFModel, mix: Mix) -> Wanted:
+    model.train(False)
+    out = {}
+    with torch.no_grad(), guard.unlimited(model), model.adapters.using(mix):
+        for name, example in guard.probe(model).items():
+            logits = model(model.collate([example], answers=True)).logits_NV
+            out[name] = example, logits.float().cpu()
+    return out
+
+
+def _with_peft(hf: Any, folder: Path) -> Any:
+    """Stock PEFT's own loading of the written adapter."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(hf, str(folder))
+
+
+def _compared(ours: Wanted, theirs: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[float, float]:
+    """The largest difference, and the largest that is allowed: relative to the largest logit."""
+    worst = max(float((mine - theirs[name]).abs().max()) for name, (_, mine) in ours.items())
+    scale = max(1.0, *(float(mine.abs().max()) for _, mine in ours.values()))
+    return worst, guard.ABSOLUTE * scale if dtype == torch.float32 else guard.RELATIVE * scale

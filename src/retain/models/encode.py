@@ -10,6 +10,7 @@ tokenised on its own instead. Special tokens in data are text: `</s>` in an answ
 from __future__ import annotations
 
 import hashlib
+import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -164,15 +165,20 @@ class Encoder:
         found = self._texts.get((messages, generate))
         if found is not None:
             return found
-        text = self.tokenizer.apply_chat_template(
-            self._safe(self.content(messages)),
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=generate,
-        )
-        assert isinstance(text, str)
+        text = self._templated(self._safe(self.content(messages)), generate)
         _put(self._texts, (messages, generate), text)
         return text
+
+    def _templated(self, turns: list[dict[str, Any]], generate: bool) -> str:
+        """The chat template's text. One that wants a turn of words as plain text (Pixtral's system turn) gets it so."""
+        how = {"chat_template": self.template, "tokenize": False, "add_generation_prompt": generate}
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, **how))
+        except (TemplateError, TypeError):
+            plain = [{**turn, "content": words(turn["content"])} for turn in turns]
+            if plain == turns:
+                raise
+            return str(self.tokenizer.apply_chat_template(plain, **how))
 
     def _safe(self, content: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Every text with its control tokens marked, and with placeholders of images that are none."""
@@ -228,7 +234,12 @@ class Encoder:
             )
         referred = self._referred(example)
         refs, tokens = [ref for ref, _ in referred], [t for _, t in referred]
-        expanded = self._expanded(text, tokens)
+        try:
+            expanded = self._expanded(text, tokens)
+        except ValueError as error:
+            raise RetainError(
+                f"example {example.id!r}: {type(self.processor).__name__} refuses it: {error}"
+            ) from None
         prompt = self.ids(expanded)
         found = prompt.count(self.image_token_id) if refs else 0
         if found != sum(r.n_tokens for r in refs):
@@ -247,7 +258,7 @@ class Encoder:
         """`render`; what the template refuses, or drops, is an error that names the example."""
         try:
             text = self.render(messages, generate)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise RetainError(f"example {example.id!r}: the chat template refuses it: {error}") from None
         for m in messages:
             said = [self._marked(t) for t in m.parts() if t and m.role != "assistant"]
@@ -264,7 +275,10 @@ class Encoder:
         lay = getattr(self.processor, "prepare_inputs_layout", None)
         if lay is not None:  # with pictures that only have to be there: what it adds is words
             blank = [PILImage.new("RGB", (28, 28))] * len(tokens)
-            text = lay(images=blank or None, text=[text])[1][0]
+            images, texts, *_ = lay(images=blank or None, text=[text])
+            own = [MARKED.sub("", t) for t in texts]  # placeholders in the data's words are none
+            self.processor.validate_inputs(images=images, text=own)
+            (text,) = texts
         parts = text.split(self.image_token) if tokens else [text]
         assert len(parts) == len(tokens) + 1
         return "".join(part for pair in zip(parts, [*tokens, ""], strict=True) for part in pair)
@@ -278,29 +292,30 @@ class Encoder:
             if m.role != "assistant":
                 continue
             said, shown = self._marked(m.text), sum(n.images for n in messages[:k])
-            start = self._begins(messages[:k], said, text)
+            begins, start = self._begins(messages[:k], said, text)
             if start < 0:
                 raise RetainError(
                     f"turn {k + 1} of a conversation ({m.text[:40]!r}) is not found in what the chat template "
                     "writes; set optim.turns to 'last', or give one turn to a row"
                 )
-            first = _common(self.ids(self._expanded(text[:start], tokens[:shown])), prompt)
+            first = _common(self.ids(self._expanded(text[:begins], tokens[:shown])), prompt)
             last = _common(self.ids(self._expanded(text[: start + len(said)], tokens[:shown])), prompt)
             ends = last < len(prompt) and prompt[last] in self.eos
             out.append((first, last + ends))
         return tuple(out)
 
-    def _begins(self, before: tuple[Message, ...], said: str, text: str) -> int:
-        """Where in the whole text the answer behind some turns begins; -1 where it is not found."""
+    def _begins(self, before: tuple[Message, ...], said: str, text: str) -> tuple[int, int]:
+        """Where in the text the model begins to speak behind some turns, and where its answer stands; -1: nowhere."""
         asked = self.render(before, generate=True)
         if text.startswith(asked):
             rest = text[len(asked) :]
             blank = len(rest) - len(rest.lstrip())
             for skip in (0, blank):
                 if rest[skip:].startswith(said):
-                    return len(asked) + skip
+                    return len(asked), len(asked) + skip
         plain = self.render(before, generate=False)
-        return text.find(said, len(plain)) if text.startswith(plain) else -1
+        start = text.find(said, len(plain)) if text.startswith(plain) else -1
+        return start, start
 
     def _around(self, prompt: str, messages: tuple[Message, ...], answer: str) -> tuple[str, str]:
         """What the template writes between the prompt and the answer, and after the answer."""
@@ -388,8 +403,10 @@ COUNTS = ("rows", "cols", "num_patches", "num_crops", "batch_num_images")
 SEVERAL = "+"
 """Ends the key of an image that stands in a row with others, where its processor treats such images otherwise."""
 
-MARK = "\U000f0000"
-"""What `mark_control_tokens` puts before a special token that is text."""
+MARK, UNMARK = "\U000f0000", "\U000f0001"
+"""What `mark_control_tokens` puts around a special token that is text."""
+
+MARKED = re.compile(f"{MARK}.*?{UNMARK}")
 
 TEXTS = 1 << 11
 """Texts whose rendering and tokens are remembered; beyond that all are forgotten at once."""
@@ -449,3 +466,10 @@ def padded(image: PILImage.Image, background: tuple[int, ...]) -> PILImage.Image
 def _within(part: str, text: str) -> bool:
     """Whether a text holds another, whatever was done to its blanks."""
     return part.strip() in text or "".join(part.split()) in "".join(text.split())
+
+
+def words(content: Any) -> Any:
+    """A turn's content as plain text where no image stands in it; else as it is."""
+    if isinstance(content, str) or any(part["type"] != "text" for part in content):
+        return content
+    return "".join(part["text"] for part in content)

@@ -2,7 +2,9 @@
 
 The prompt runs once with padding on the left and logits at the last position only; then one token per step
 over the key-value cache. Finished rows leave the cache, and the adapter mix, a quarter at a time. Hugging Face's
-`generate` keeps them to the end and knows no mix per sample. A batch without padding needs no mask.
+`generate` keeps them to the end and knows no mix per sample. A batch without padding needs no mask. What the
+checkpoint's generation config asks of greedy decoding (a repetition penalty, banned words) is done by Hugging Face's
+own processors, row by row on the row's own tokens, so that padding is never penalised.
 """
 
 # B batch, T tokens, S tokens seen so far, V vocabulary
@@ -32,6 +34,7 @@ class Decodes(Protocol):
     def placed(self, batch: Batch) -> Batch: ...
     def cache(self, rows: int, room: int) -> Any: ...
     def prefill(self, batch: Batch, cache: Any) -> Tensor: ...
+    def processors(self, prompt: int) -> Any: ...
     def decode(self, token_B: Tensor, position_B: Tensor, mask_BS: Tensor | None, cache: Any) -> Tensor: ...
 
 
@@ -49,8 +52,21 @@ def greedy(model: Decodes, batch: Batch, max_new_tokens: int) -> list[list[int]]
     position_B = torch.tensor(batch.meta["next_position"], device=model.device)
     cache = model.cache(B, T + max_new_tokens)
     last_BV = model.prefill(batch, cache)
+    said = [
+        ids[seen.bool()]
+        for ids, seen in zip(batch.inputs["input_ids"], batch.inputs["attention_mask"], strict=True)
+    ]
+    asked = [model.processors(len(ids)) for ids in said]
     rows, unfinished, mix = list(range(B)), set(range(B)), full  # rows: the samples in the cache
     for step in range(max_new_tokens):
+        if any(asked):
+            last_BV = torch.stack(
+                [
+                    asked[i](torch.cat([said[i], torch.tensor(answers[i], dtype=torch.long)])[None].to(row_V.device),
+                             row_V[None].float())[0]
+                    for i, row_V in zip(rows, last_BV, strict=True)
+                ]
+            )  # fmt: skip
         token_B = last_BV.argmax(-1)
         for sample, token in zip(rows, token_B.tolist(), strict=True):
             if token in model.eos:

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
@@ -177,15 +177,24 @@ def _stock(model: Probed) -> Stock:
 
 def compare(model: Probed) -> list[Finding]:
     """Every comparison, whether it agrees or not; the model's adapters are off."""
-    was, limit = model.training, model.encode.max_length
+    was = model.training
     model.train(False)
-    model.encode.max_length = sys.maxsize  # a recipe's max_length is about its own examples
     try:
-        with model.adapters.using(Mix({})), torch.no_grad():
+        with model.adapters.using(Mix({})), unlimited(model), torch.no_grad():
             return list(_compared(model, probe(model)))
     finally:
-        model.encode.max_length = limit
         model.train(was)
+
+
+@contextmanager
+def unlimited(model: Probed) -> Iterator[None]:
+    """Without the recipe's `max_length`, which is about its own examples."""
+    limit = model.encode.max_length
+    model.encode.max_length = sys.maxsize
+    try:
+        yield
+    finally:
+        model.encode.max_length = limit
 
 
 def _compared(model: Probed, cases: Mapping[str, Example]) -> Iterator[Finding]:
@@ -279,7 +288,7 @@ def _source(model: Probed, wrong: Sequence[Finding]) -> str:
     example = next(e for name, e in probe(model).items() if name in names)
     if all(f.what in ("loss", "logits, training") for f in wrong):
         return "the mask over the answer, or its positions, differ"
-    with model.adapters.using(Mix({})), torch.no_grad():
+    with model.adapters.using(Mix({})), unlimited(model), torch.no_grad():
         said = _stock(model).ask(example)
         allowed = tolerance(model.hf.dtype, model.precision, said.answer_NV)
         alone = model.collate([example], answers=False)

@@ -37,7 +37,7 @@ from retain.models.generate import greedy, next_logits
 from retain.models.guard import check
 from retain.models.guide import Guider, GuideSource, prototype_width
 from retain.models.head import Head
-from retain.models.load import eos_ids, load_pretrained
+from retain.models.load import copy_processor, eos_ids, load_pretrained
 from retain.types import Batch, Example, Guide, Output, RetainError
 
 Precision = Literal["fp32", "bf16"]
@@ -120,6 +120,7 @@ class HFModel:
         )
         self.features: ByteLRU[Tensor] = ByteLRU(feature_cache)
         self._sizes: tuple[int, ...] | None = None
+        self._greedy: Any = None  # the generation config without sampling
         self.guider = Guider(self, guide)
         self.checkpointing = checkpointing
         if checkpointing:
@@ -515,6 +516,17 @@ class HFModel:
             size = max(1, WORKING_SET // (2 * T * int(self.text_config.intermediate_size)))
         return [range(a, min(a + size, B)) for a in range(0, B, size)]
 
+    def processors(self, prompt: int) -> Any:
+        """What the generation config asks of greedy decoding behind so many tokens: Hugging Face's own list, often empty."""
+        if self._greedy is None:
+            config, _ = self.hf._prepare_generation_config(None, do_sample=False, num_beams=1)
+            self.hf._prepare_special_tokens(config, device=self.device)
+            asks = len(self.hf._get_logits_processor(config, input_ids_seq_length=1, device=self.device))
+            self._greedy = config if asks else ()
+        if not self._greedy:
+            return ()
+        return self.hf._get_logits_processor(self._greedy, input_ids_seq_length=prompt, device=self.device)
+
     def decode(self, token_B: Tensor, position_B: Tensor, mask_BS: Tensor | None, cache: Any) -> Tensor:
         """One token per row onto the cache; logits of the next token (B, V)."""
         positions = position_B[:, None]
@@ -536,6 +548,11 @@ class HFModel:
     def guide(self, batch: Batch) -> Guide:
         """Frozen, unit-length fp32 features of each sample's images (mean) and instruction; cached."""
         return self.guider(batch)
+
+    def save_processor(self, folder: str | Path) -> None:
+        """The checkpoint's own files of processor, tokenizer and chat template; written anew where it came from memory."""
+        if not copy_processor(self.name, folder):
+            self.processor.save_pretrained(folder)
 
     # -- about the model -------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ not there is an error here, before anything asks the network.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -126,9 +128,10 @@ def load_processor(name: str, local: bool, config: Any = None) -> Any:
         processor = _without_video(name, local, error)
     cls = type(processor)
     if cls.replace_image_token is ProcessorMixin.replace_image_token:
+        kind = getattr(config, "model_type", "?")
         raise RetainError(
-            f"model {name!r}: {cls.__name__} does not say which tokens stand for an image (replace_image_token), so "
-            "examples cannot be prepared one by one; this family cannot be tuned"
+            f"model {name!r} (family {kind}): {cls.__name__} does not say which tokens stand for an image "
+            "(replace_image_token), so examples cannot be prepared one by one; this family cannot be tuned"
         )
     return processor
 
@@ -210,6 +213,29 @@ def _template(name: str) -> str | None:
     if (folder / "chat_template.json").is_file():
         return str(json.loads((folder / "chat_template.json").read_text())["chat_template"])
     return None
+
+
+PROCESSOR_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "*.tiktoken",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template*",
+    "additional_chat_templates/*", "generation_config.json",
+)  # fmt: skip
+"""What a processor is read from."""
+
+
+def copy_processor(name: str, folder: str | Path) -> bool:
+    """Copy a checkpoint's processor files as they are; False where it has no folder on this machine."""
+    source = Path(name).expanduser() if name else Path()
+    if name and not source.is_dir():
+        found = try_to_load_from_cache(name, "config.json")
+        source = Path(found).parent if isinstance(found, str) else Path()
+    if not (source / "config.json").is_file() or source == Path():
+        return False
+    for file in sorted({f for pattern in PROCESSOR_FILES for f in source.glob(pattern) if f.is_file()}):
+        target = Path(folder) / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    return True
 
 
 def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
