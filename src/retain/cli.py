@@ -147,12 +147,13 @@ def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Dry run: stages, samples, steps, parameters, estimated memory and time, before anything is loaded."""
     from retain import config
-    from retain.commands.plan import make_plan, stage_rows, total_rows
+    from retain.commands.plan import bare_rows, make_plan, stage_rows, total_rows
     from retain.metrics import render
 
     made = make_plan(config.load(recipe, overrides or []))
     render.show(stage_rows(made), f"{recipe}: stages")
     render.show(total_rows(made))
+    render.show(bare_rows(made))
 
 
 @app.command()

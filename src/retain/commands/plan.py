@@ -19,11 +19,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from retain.adapters.bank import AdapterBank
 from retain.adapters.kinds import attach
 from retain.assemble import build_method, build_stream, model_source
 from retain.config import Recipe
 from retain.models.encode import Encoder
-from retain.models.family import family_of
+from retain.models.family import Family, family_of
 from retain.models.guide import GuideSource, prototype_width
 from retain.models.hf import image_token
 from retain.models.load import eos_ids, load_processor, model_class, where
@@ -53,6 +54,7 @@ class Shape:
     layers: int
     hidden: int
     vocabulary: int
+    bare: Rows  # kinds of layers that get no adapter: what, how many, why
     kept: int  # numbers that a decoder layer keeps of a token for the backward pass
     dropped: int  # and those that dropout adds
 
@@ -158,7 +160,8 @@ def _shape(hf: Any, recipe: Recipe) -> Shape:
     )  # fmt: skip
     bank.add("plan", torch.Generator())
     trainable = sum(p.numel() for p in bank.parameters("plan").values())
-    layers, D, inner = int(text.num_hidden_layers), int(text.hidden_size), int(text.intermediate_size)
+    layers, D = int(text.num_hidden_layers), int(text.hidden_size)
+    inner = int(getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * D)
     heads = int(text.num_attention_heads)
     E = int(getattr(text, "head_dim", None) or D // heads)
     queries, keys = heads * E, int(getattr(text, "num_key_value_heads", None) or heads) * E
@@ -166,7 +169,43 @@ def _shape(hf: Any, recipe: Recipe) -> Shape:
     kept = 4 * D + 2 * queries + 2 * keys + 4 * inner
     # a mask per input of a group of layers, attention's output once more
     dropped = 2 * D + 2 * queries + inner
-    return Shape(parameters, trainable, passed, layers, D, int(text.vocab_size), kept, dropped)
+    bare = _bare(hf, bank, family)
+    return Shape(parameters, trainable, passed, layers, D, int(text.vocab_size), bare, kept, dropped)
+
+
+def _bare(hf: Any, bank: AdapterBank, family: Family) -> Rows:
+    """Layers with a weight matrix that the adapters leave as they are, by kind, and why."""
+    head, tables = hf.get_output_embeddings(), (nn.Embedding, nn.Conv2d, nn.Conv3d)
+    found: dict[tuple[str, str], int] = {}
+    for path, module in hf.named_modules():
+        own = [
+            n
+            for n, p in module.named_parameters(recurse=False)
+            if p.ndim > 1 and not n.startswith(("lora_", "delta_"))
+        ]
+        adapted = (
+            path in bank.sites
+            or path.removesuffix(".base") in bank.sites
+            or any(isinstance(module, t) for t in tables)
+        )
+        if not own or adapted or any(path.startswith(site + ".") for site in bank.sites):
+            continue
+        kind = ".".join("*" if part.isdigit() else part for part in path.split(".")) or "(the model itself)"
+        why = _why(module, path, own, family, module is head)
+        found[kind, why] = found.get((kind, why), 0) + 1
+    return [[kind, str(n), why] for (kind, why), n in found.items()]
+
+
+def _why(module: nn.Module, path: str, own: Sequence[str], family: Family, head: bool) -> str:
+    if head:
+        return "the head: adapter.targets leaves it out"
+    if not (hasattr(module, "in_features") and hasattr(module, "weight")):
+        return f"{', '.join(own)}: stacked or bare weights, no linear layer that LoRA could be put around"
+    if family.tower and path.startswith(family.tower):
+        return "vision tower: frozen, its features are cached; adapter.targets: all adapts it"
+    if path.startswith(family.projector):
+        return "projector: adapter.dense leaves it out"
+    return "adapter.targets does not match it"
 
 
 def _guide(recipe: Recipe) -> GuideSource:
@@ -258,6 +297,11 @@ def _timed_product(device: torch.device, dtype: torch.dtype, n: int = 1024) -> f
     return float(2 * n**3 / best)
 
 
+def bare_rows(plan: RunPlan) -> Rows:
+    """One row per kind of layer that gets no adapter; the header alone where there is none."""
+    return [["layers without an adapter", "count", "why"], *plan.shape.bare]
+
+
 # -- words -----------------------------------------------------------------------------------------------
 
 
@@ -333,6 +377,11 @@ def total_rows(plan: RunPlan) -> Rows:
             "time (estimate)",
             duration(plan.flops / plan.speed),
             "FLOPs / speed; short answers evaluate slower than that",
+        ],
+        [
+            "guard",
+            "when loaded",
+            "a run compares the model with Hugging Face's own call; `retain doctor --model` does it",
         ],
         [
             "run folder",
