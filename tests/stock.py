@@ -284,15 +284,15 @@ class Stock:
     # -- inference ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def answers(self, talks: Sequence[Talk], n: int, *, published: bool = False) -> list[Answered]:
+    def answers(self, talks: Sequence[Talk], n: int, *, neutral: bool = False) -> list[Answered]:
         """A batch padded on the left: the next token's logits, and `generate(do_sample=False)`.
 
-        `published` keeps what the generation config says of repetitions and banned words; without it, greedy.
+        `neutral` leaves out what the generation config says of repetitions and banned words: greedy alone.
         """
         made = self.prompts(talks)
         logits = self.model(**made).logits[:, -1].float()
-        neutral: dict[str, Any] = {} if published else {"repetition_penalty": 1.0, "bad_words_ids": None}
-        out = self.model.generate(**made, do_sample=False, max_new_tokens=n, **neutral)
+        more: dict[str, Any] = {"repetition_penalty": 1.0, "bad_words_ids": None} if neutral else {}
+        out = self.model.generate(**made, do_sample=False, max_new_tokens=n, **more)
         found = []
         for i, mask in enumerate(made["attention_mask"].bool()):
             new = out[i, made["input_ids"].shape[1] :].tolist()
