@@ -59,8 +59,8 @@ class Answered:
 
 
 def processor_of(folder: Path) -> Any:
-    """The folder's processor with Pillow back ends, of its own class."""
-    if not (folder / "preprocessor_config.json").is_file():
+    """The folder's processor with Pillow back ends, of its own class; a language model's tokenizer."""
+    if not _settings(folder):
         return AutoTokenizer.from_pretrained(folder)
     try:
         return AutoProcessor.from_pretrained(folder, backend="pil")
@@ -68,11 +68,29 @@ def processor_of(folder: Path) -> Any:
         return _without_video(folder)
 
 
+def _settings(folder: Path) -> dict[str, Any]:
+    """What the folder says of its processor besides its parts: its class and its counts of tokens."""
+    found: dict[str, Any] = {}
+    for file, keys in (("preprocessor_config.json", ["processor_class"]), ("processor_config.json", None)):
+        if (folder / file).is_file():
+            given = json.loads((folder / file).read_text())
+            found |= {k: given[k] for k in keys or given if not k.endswith("_processor")}
+    return found
+
+
+def _template(folder: Path) -> str:
+    if (folder / "chat_template.json").is_file():
+        return str(json.loads((folder / "chat_template.json").read_text())["chat_template"])
+    return (folder / "chat_template.jinja").read_text()
+
+
 def _without_video(folder: Path) -> Any:
     """The processor's own class around tokenizer and Pillow image processor, and nothing in the video's place."""
-    given = json.loads((folder / "processor_config.json").read_text())
+    given = _settings(folder)
     name, config = given.pop("processor_class"), AutoConfig.from_pretrained(folder)
-    pixtral = "transformers.models.pixtral.image_processing_pixtral"  # wants torchvision; the processor asks it sizes
+    pixtral = (
+        "transformers.models.pixtral.image_processing_pixtral"  # wants torchvision; only vLLM asks it sizes
+    )
     stub = ModuleType(pixtral)
     stub.get_resize_output_image_size = None  # type: ignore[attr-defined]
     package = {"Pixtral": "pixtral", "Qwen3VL": "qwen3_vl"}.get(
@@ -81,7 +99,6 @@ def _without_video(folder: Path) -> Any:
     with mock.patch.dict(sys.modules, {pixtral: stub} if "Pixtral" in name else {}):
         module = importlib.import_module(f"transformers.models.{package}.processing_{package}")
     cls = getattr(module, name)
-    template = folder / "chat_template.jinja"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     images = AutoImageProcessor.from_pretrained(folder, backend="pil")
     video = {"video_processor": SimpleNamespace(num_frames=None, fps=None)}
@@ -90,7 +107,7 @@ def _without_video(folder: Path) -> Any:
         mock.patch.object(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None),
         mock.patch.object(module, "num2words", str, create=True),  # SmolVLM's counts frames in words
     ):
-        return cls(images, tokenizer, **video, chat_template=template.read_text(), **given)
+        return cls(images, tokenizer, **video, chat_template=_template(folder), **given)
 
 
 @dataclass
@@ -103,9 +120,11 @@ class Stock:
 
     def __post_init__(self) -> None:
         self.processor = processor_of(self.folder)
+        if self.tokenizer.pad_token is None:  # Llama 3: without one it cannot be asked two things at once
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.model is None:
             (name,) = AutoConfig.from_pretrained(self.folder).architectures
-            self.model = getattr(transformers, name).from_pretrained(self.folder).float()
+            self.model = getattr(transformers, name).from_pretrained(self.folder, dtype=torch.float32)
         self.model.eval()
 
     # -- text --------------------------------------------------------------------------------------------------
@@ -265,15 +284,15 @@ class Stock:
     # -- inference ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def answers(self, talks: Sequence[Talk], n: int, *, published: bool = False) -> list[Answered]:
+    def answers(self, talks: Sequence[Talk], n: int, *, neutral: bool = False) -> list[Answered]:
         """A batch padded on the left: the next token's logits, and `generate(do_sample=False)`.
 
-        `published` keeps what the generation config says of repetitions and banned words; without it, greedy.
+        `neutral` leaves out what the generation config says of repetitions and banned words: greedy alone.
         """
         made = self.prompts(talks)
         logits = self.model(**made).logits[:, -1].float()
-        neutral: dict[str, Any] = {} if published else {"repetition_penalty": 1.0, "bad_words_ids": None}
-        out = self.model.generate(**made, do_sample=False, max_new_tokens=n, **neutral)
+        more: dict[str, Any] = {"repetition_penalty": 1.0, "bad_words_ids": None} if neutral else {}
+        out = self.model.generate(**made, do_sample=False, max_new_tokens=n, **more)
         found = []
         for i, mask in enumerate(made["attention_mask"].bool()):
             new = out[i, made["input_ids"].shape[1] :].tolist()

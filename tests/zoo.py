@@ -225,7 +225,7 @@ def gemma_tokenizer(special: list[str], **named: str) -> Any:
 
 
 def backend_tokenizer(
-    special: list[str], *, bos: str | None, eos: str, pad: str, adds_bos: bool, **more: Any
+    special: list[str], *, bos: str | None, eos: str, pad: str | None, adds_bos: bool, **more: Any
 ) -> Any:
     """A byte-level tokenizer without a class of its own (Llama 3, Mistral's tekken, Granite)."""
     vocab, merges = _byte_level()
@@ -652,10 +652,9 @@ def pixtral() -> Made:
 
 
 def llama() -> Made:
-    """Llama 3 (Llama-3.2-1B-Instruct): two tokens end an answer; tied embeddings."""
+    """Llama 3 (Llama-3.2-1B-Instruct): two tokens end an answer; tied embeddings; no padding token."""
     special = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
-    names = {"bos": "<|begin_of_text|>", "eos": "<|eot_id|>", "pad": "<|finetune_right_pad_id|>"}
-    tok = backend_tokenizer(special, **names, adds_bos=True)
+    tok = backend_tokenizer(special, bos="<|begin_of_text|>", eos="<|eot_id|>", pad=None, adds_bos=True)
     ends = [*_ids(tok, a="<|end_of_text|>", b="<|eot_id|>").values()]
     config = _text("llama", tok, tie_word_embeddings=True, eos_token_id=ends)
     return Made("LlamaForCausalLM", config, tok, None, {}, LLAMA3, {"eos_token_id": ends, "do_sample": True})
@@ -799,6 +798,10 @@ REFUSED: dict[str, Callable[[], Made]] = {f.__name__: f for f in (idefics2, flor
 """Families that work or are refused when they are loaded."""
 PARTIAL: dict[str, Callable[[], Made]] = {"qwen3_vl_moe": qwen3_vl_moe}
 """Families whose linear layers do not all get an adapter."""
+OLD = ("qwen2_vl", "qwen2_5_vl")
+"""Written as before transformers 4.50: no processor_config.json, the template in a chat_template.json."""
+HALVED = ("qwen2_5_vl", "gemma3", "pixtral", "llama")
+"""Written in bf16."""
 ALL = {**FAMILIES, **TEXT_ONLY, **REFUSED, **PARTIAL}
 
 
@@ -809,17 +812,20 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
     model = _model(made, seed)
     for key, value in made.generation.items():
         setattr(model.generation_config, key, value)
+    if name in HALVED:
+        model.bfloat16()
     model.save_pretrained(folder)
     made.tokenizer.save_pretrained(folder)
     written = {
         "preprocessor_config.json": made.images and {**made.images, **_class(made)},
-        "processor_config.json": made.processor or None,
+        "processor_config.json": None if name in OLD else made.processor,
         "video_preprocessor_config.json": made.video,
+        "chat_template.json": {"chat_template": made.template} if name in OLD else None,
     }
     for file, content in written.items():
         if content:
             (folder / file).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    if made.template:
+    if made.template and name not in OLD:
         (folder / "chat_template.jinja").write_text(made.template, encoding="utf-8")
     return folder
 
