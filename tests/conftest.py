@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
+os.environ["RETAIN_CACHE"] = tempfile.mkdtemp(
+    prefix="retain-cache-"
+)  # what the guard remembers: of this run alone
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # here, not in a fixture: huggingface_hub reads it when imported
 
 import pytest
@@ -13,6 +19,8 @@ import torch
 import tiny
 from retain.adapters.bank import Mix
 from retain.models.hf import HFModel
+
+atexit.register(shutil.rmtree, os.environ["RETAIN_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -52,9 +52,9 @@ def export(
     if not merged:
         hf = _with_peft(hf, to)
     stock = Stock(hf.eval(), processor, encode)
-    worst, allowed = _compared(
-        wanted, {name: stock.ask(e).answer_NV for name, (e, _) in wanted.items()}, dtype
-    )
+    theirs = {name: stock.ask(e).answer_NV for name, (e, _) in wanted.items()}
+    exact = guard.is_exact(dtype)
+    worst, allowed = max(guard.distance(mine, theirs[name], exact) for name, (_, mine) in wanted.items())
     if not worst <= allowed:
         raise RetainError(
             f"{to}: loaded by stock {'Hugging Face' if merged else 'PEFT'}, its logits differ by {worst:.2e} from the "
@@ -116,10 +116,3 @@ def _with_peft(hf: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(hf, str(folder))
-
-
-def _compared(ours: Wanted, theirs: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[float, float]:
-    """The largest difference, and the largest that is allowed: relative to the largest logit."""
-    worst = max(float((mine - theirs[name]).abs().max()) for name, (_, mine) in ours.items())
-    scale = max(1.0, *(float(mine.abs().max()) for _, mine in ours.values()))
-    return worst, guard.ABSOLUTE * scale if dtype == torch.float32 else guard.RELATIVE * scale

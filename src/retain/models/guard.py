@@ -37,8 +37,8 @@ from retain.models.family import Family
 from retain.models.stock import Stock
 from retain.types import Batch, Example, Message, Output, RetainError
 
-ABSOLUTE = 1e-3  # fp32, of logits and loss: sums in another order
-RELATIVE = 3e-2  # in bf16 and fp16, of the largest logit: eight bits of a number, through all layers
+ABSOLUTE = 1e-3  # fp32: the largest difference of a logit or a loss; sums in another order
+RELATIVE = 5e-2  # bf16, fp16: root mean square of the difference over that of the logits; eight bits, through all layers
 
 REFUSED = (
     ValueError,
@@ -99,7 +99,13 @@ def check(model: Probed) -> list[Finding]:
     known = _remembered(store)
     if known:
         return known
-    findings = compare(model)
+    try:
+        findings = compare(model)
+    except REFUSED as error:
+        raise RetainError(
+            f"model {model.name or model.family.name!r} (family {model.family.name}): {type(model.hf).__name__} with "
+            f"{type(model.processor).__name__} cannot be driven: {type(error).__name__}: {error}"
+        ) from error
     wrong = [f for f in findings if not f.agrees]
     if wrong:
         raise RetainError(_sentence(model, wrong))
@@ -219,13 +225,18 @@ def _compared(model: Probed, cases: Mapping[str, Example]) -> Iterator[Finding]:
                 _answered(model, encoded[name].answer, whole[len(ids) :]),
                 0.0,
             )
-        allowed = tolerance(model.hf.dtype, model.precision, said.answer_NV)
         mine = out.row_N == i
         loss = float(F.cross_entropy(out.logits_NV[mine].float(), out.labels_N[mine]))
-        yield Finding(name, "loss", abs(loss - said.loss), allowed)
-        yield Finding(name, "logits, training", _far(out.logits_NV[mine], said.answer_NV), allowed)
-        yield Finding(name, "logits, next token", _far(first_BV[i], said.next_V), allowed)
-        yield Finding(name, "logits, token after", _far(then_BV[i], said.answer_NV[1]), allowed)
+        exact = is_exact(model.hf.dtype, model.precision)
+        yield Finding(
+            name, "loss", abs(loss - said.loss), ABSOLUTE if exact else RELATIVE * max(1.0, said.loss)
+        )
+        for what, ours, stock in (
+            ("logits, training", out.logits_NV[mine], said.answer_NV),
+            ("logits, next token", first_BV[i], said.next_V),
+            ("logits, token after", then_BV[i], said.answer_NV[1]),
+        ):
+            yield Finding(name, what, *distance(ours, stock, exact))
 
 
 def _decoded(model: Probed, batch: Any, answers: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -242,6 +253,11 @@ def _decoded(model: Probed, batch: Any, answers: Sequence[int]) -> tuple[Tensor,
     return first_BV, then_BV
 
 
+def _near(ours: Tensor, stock: Tensor, exact: bool) -> bool:
+    difference, allowed = distance(ours, stock, exact)
+    return difference <= allowed
+
+
 def _unlike(ours: Sequence[int], theirs: Sequence[int]) -> float:
     """Tokens that differ, or that one side has and the other lacks."""
     return float(sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs)))
@@ -255,14 +271,19 @@ def _answered(model: Probed, answer: Sequence[int], theirs: Sequence[int]) -> fl
     return _unlike(words, theirs[:n]) + float(bool(ends) and ends[0] in model.encode.eos and ends[0] != end)
 
 
-def _far(a: Tensor, b: Tensor) -> float:
-    return float((a.float().cpu() - b).abs().max())
+def is_exact(dtype: torch.dtype, precision: str = "fp32") -> bool:
+    """Whether logits are computed in fp32 throughout."""
+    return dtype == torch.float32 and precision == "fp32"
 
 
-def tolerance(dtype: torch.dtype, precision: str, logits: Tensor) -> float:
-    """The largest difference of logits that sums in another order explain."""
-    exact = dtype == torch.float32 and precision == "fp32"
-    return ABSOLUTE if exact else RELATIVE * max(1.0, float(logits.abs().max()))
+def distance(ours: Tensor, stock: Tensor, exact: bool) -> tuple[float, float]:
+    """How far logits are apart, and how far they may be: see `ABSOLUTE` and `RELATIVE`."""
+    apart, stock = ours.float().cpu() - stock.float().cpu(), stock.float().cpu()
+    if exact:
+        return float(apart.abs().max()), ABSOLUTE
+    return float(
+        apart.pow(2).mean().sqrt() / (stock - stock.mean(-1, keepdim=True)).pow(2).mean().sqrt()
+    ), RELATIVE
 
 
 def _sentence(model: Probed, wrong: Sequence[Finding]) -> str:
@@ -289,15 +310,14 @@ def _source(model: Probed, wrong: Sequence[Finding]) -> str:
     if all(f.what in ("loss", "logits, training") for f in wrong):
         return "the mask over the answer, or its positions, differ"
     with model.adapters.using(Mix({})), unlimited(model), torch.no_grad():
-        said = _stock(model).ask(example)
-        allowed = tolerance(model.hf.dtype, model.precision, said.answer_NV)
+        said, exact = _stock(model).ask(example), is_exact(model.hf.dtype, model.precision)
         alone = model.collate([example], answers=False)
         mine, _ = _decoded(model, alone, model.encode(example).answer[:1])
-        if _far(mine[0], said.next_V) <= allowed:
+        if _near(mine[0], said.next_V, exact):
             later = all(f.what == "logits, token after" for f in wrong)
             return f"the mask or the positions of {'generated tokens' if later else 'padded rows'} differ"
         hidden = model.hidden(alone)[0, -1] if said.hidden_D is not None else None
-    if hidden is not None and said.hidden_D is not None and _far(hidden, said.hidden_D) <= allowed:
+    if hidden is not None and said.hidden_D is not None and _near(hidden, said.hidden_D, exact):
         return "the head differs"
     return "image features, mask or positions differ" if example.images else "mask or positions differ"
 
