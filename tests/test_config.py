@@ -214,3 +214,18 @@ def test_an_option_beside_its_benchmark_is_told_where_it_belongs(tmp_path: Path)
     path.write_text("model: pocket\nstream: pocket\nmethod: lora\n")
     with pytest.raises(RetainError, match=r"an option of pocket is stream\.pocket\.n_test"):
         build_stream(config.load(path, ["stream.n_test=8"]))
+
+
+def test_a_run_folder_written_before_a_key_came_is_that_of_the_same_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("{model: pocket, stream: pocket, method: lora}")
+    told = config.load(path).resolved()
+    assert "turns" not in told["optim"] and "square" not in told["model"]
+    last = config.load(path, ["optim.turns=last", "model.square=pad"]).resolved()
+    assert last["optim"]["turns"] == "last" and last["model"]["square"] == "pad"
+    for resolved in (told, last):
+        assert config.parse(resolved, path).resolved() == resolved
+    with pytest.raises(RetainError, match=r"optim\.turns"):
+        config.load(path, ["optim.turns=first"])
+    with pytest.raises(RetainError, match=r"model\.square"):
+        config.load(path, ["model.square=stretch"])

@@ -408,3 +408,47 @@ def test_the_cache_keeps_to_its_budget() -> None:
     assert "0" in cache and "3" in cache and len(cache) == 2 and cache.used == 80
     cache.put("large", torch.zeros(100))
     assert "large" not in cache and cache.used == 80
+
+
+def test_every_assistant_turn_is_learned_or_the_last(any_model: HFModel) -> None:
+    """LLaVA's rule, and `optim.turns: last`: which labels there are, and nothing else, differs."""
+    talk = (
+        Message("user", "What colour is the square?", 1),
+        Message("assistant", "red"),
+        Message("user", "How many shapes?"),
+        Message("assistant", "three"),
+    )
+    example = Example("t", talk, (tiny.picture(1),))
+    every, last = (any_model.collate([example], answers=True, turns=t) for t in ("all", "last"))
+    assert every.labels_BT is not None and last.labels_BT is not None
+    assert torch.equal(every.inputs["input_ids"], last.inputs["input_ids"])
+    tokenizer = any_model.processor.tokenizer
+
+    def said(labels_BT: torch.Tensor) -> list[str]:
+        row = labels_BT[0].tolist()
+        runs = "".join(" " if i == -100 else "x" for i in row).split()
+        kept = iter([i for i in row if i != -100])
+        parts = [[next(kept) for _ in run] for run in runs]
+        return [tokenizer.decode(p, skip_special_tokens=True).strip() for p in parts]
+
+    assert said(every.labels_BT) == ["red", "three"] and said(last.labels_BT) == ["three"]
+    learned = every.labels_BT[every.labels_BT != -100]
+    assert every.n_answer == len(learned) and last.n_answer < every.n_answer
+    alone = any_model(any_model.collate([Example("a", talk[:2], example.images)], answers=True))
+    first = any_model(every).logits_NV[: len(alone.logits_NV)]
+    torch.testing.assert_close(
+        first[: len(first) - 1], alone.logits_NV[: len(first) - 1], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_words_between_pictures_keep_their_places(any_model: HFModel) -> None:
+    """Where the template writes parts in their order; tiny's LLaVA writes pictures first, as the published one does."""
+    apart = Message("user", "Before:After:What changed?", 2, (7, 13))
+    pictures = (tiny.picture(1), tiny.picture(2))
+    made = any_model.encode(Example("x", (apart, Message("assistant", "red")), pictures))
+    text = any_model.processor.tokenizer.decode(made.prompt)
+    order = [text.index(word) for word in ("Before:", "After:", "What changed?")]
+    shown = text.index(any_model.encode.image_token)
+    assert order == sorted(order) and (shown < order[0]) == (any_model.family.name == "llava")
+    with pytest.raises(RetainError, match="ascending offsets into its 26 characters"):
+        Message("user", "Before:After:What changed?", 2, (13, 7))

@@ -105,6 +105,7 @@ class Encoder:
         self.image_token = placeholder(processor, image_token_id)
         self.pixels: ByteLRU[Mapping[str, Tensor]] = ByteLRU(budget)
         self._control, _ = _get_control_token_patterns(self.tokenizer._get_control_tokens(self.template))
+        self._how: dict[str, Any] | None = None  # what the processor tells its image processor
         self._seen: weakref.WeakKeyDictionary[Example, Encoded] = weakref.WeakKeyDictionary()
         self._texts: dict[tuple[tuple[Message, ...], bool], str] = {}  # questions come again and again
         self._ids: dict[tuple[str, bool], tuple[int, ...]] = {}
@@ -356,8 +357,10 @@ class Encoder:
         """The processor's tensors of one picture; `key` says whether it stands in a row with others."""
         shown = [[image, image]] if key.endswith(SEVERAL) else [image]
         try:
-            kwargs = self.processor._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs)
-            out, _ = self.processor._process_images(shown, **kwargs["images_kwargs"])
+            if self._how is None:  # the same for every picture, and slow to put together
+                kwargs = self.processor._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs)
+                self._how = kwargs["images_kwargs"]
+            out, _ = self.processor._process_images(shown, **self._how)
         except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, OSError) as error:
             raise RetainError(
                 f"example {example_id!r}: {type(self.processor).__name__} refuses a picture of "

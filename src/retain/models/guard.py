@@ -41,6 +41,7 @@ ABSOLUTE = 1e-3  # fp32: the largest difference of a logit or a loss; sums in an
 RELATIVE = 5e-2  # bf16, fp16: root mean square of the difference over that of the logits; eight bits, through all layers
 
 REFUSED = (
+    AttributeError,
     ValueError,
     TypeError,
     RuntimeError,

@@ -566,7 +566,10 @@ class HFModel:
         return self
 
     def fingerprint(self) -> str:
-        """A short hash of the base: config and a strided sample of every weight, taken before adapters."""
+        """A short hash of the base: config and a strided sample of every weight, taken before adapters.
+
+        Then what else changes answers: pictures that are padded, and what the generation config asks of greedy decoding.
+        """
         return (
             self._fingerprint if self.encode.square == "crop" else f"{self._fingerprint}-{self.encode.square}"
         )
