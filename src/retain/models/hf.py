@@ -38,7 +38,7 @@ from retain.models.guard import check
 from retain.models.guide import Guider, GuideSource, prototype_width
 from retain.models.head import Head
 from retain.models.load import copy_processor, eos_ids, load_pretrained
-from retain.types import Batch, Example, Guide, Output, RetainError
+from retain.types import Batch, Example, Guide, Output, RetainError, digest
 
 Precision = Literal["fp32", "bf16"]
 CHUNKS = (32, 8)  # images per tower call, where they give the same bits as each other; else one by one
@@ -570,9 +570,9 @@ class HFModel:
 
         Then what else changes answers: pictures that are padded, and what the generation config asks of greedy decoding.
         """
-        return (
-            self._fingerprint if self.encode.square == "crop" else f"{self._fingerprint}-{self.encode.square}"
-        )
+        asked = [type(p).__name__ + str(sorted(vars(p).items(), key=str)) for p in self.processors(1)]
+        more = [self.encode.square] * (self.encode.square != "crop") + [digest(asked)[:6]] * bool(asked)
+        return "-".join([self._fingerprint, *more])
 
     def n_parameters(self) -> int:
         """Parameters of the frozen base."""
