@@ -43,6 +43,9 @@ def greedy(model: Decodes, batch: Batch, max_new_tokens: int) -> list[list[int]]
 
     `batch` must be padded on the left (`collate(..., answers=False)`).
     """
+    seen_BT = batch.inputs["attention_mask"].bool()
+    said = [ids[seen] for ids, seen in zip(batch.inputs["input_ids"], seen_BT, strict=True)]
+    asked = [model.processors(len(ids)) for ids in said]
     batch = model.placed(batch)
     answers: list[list[int]] = [[] for _ in batch.examples]
     bank, full = model.adapters, model.adapters.mix
@@ -52,11 +55,6 @@ def greedy(model: Decodes, batch: Batch, max_new_tokens: int) -> list[list[int]]
     position_B = torch.tensor(batch.meta["next_position"], device=model.device)
     cache = model.cache(B, T + max_new_tokens)
     last_BV = model.prefill(batch, cache)
-    said = [
-        ids[seen.bool()]
-        for ids, seen in zip(batch.inputs["input_ids"], batch.inputs["attention_mask"], strict=True)
-    ]
-    asked = [model.processors(len(ids)) for ids in said]
     rows, unfinished, mix = list(range(B)), set(range(B)), full  # rows: the samples in the cache
     for step in range(max_new_tokens):
         if any(asked):
