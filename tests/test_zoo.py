@@ -7,6 +7,7 @@ against golden values of the processors that need torchvision.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -581,10 +582,20 @@ def test_refused_when_loaded(name: str, home: Callable[[str], Path], tmp_path: P
     assert ("encoder" in sentence) == (name == "florence2"), sentence
 
 
-def test_plan_tells_which_layers_get_no_adapter(home: Callable[[str], Path], tmp_path: Path) -> None:
-    """Qwen3-VL-MoE's experts are stacked tensors: trained models keep them, and `plan` says so."""
+def test_plan_tells_which_layers_get_no_adapter(
+    home: Callable[[str], Path], theirs: Callable[[str], Stock], tmp_path: Path
+) -> None:
+    """Qwen3-VL-MoE's experts are stacked tensors: `plan` says so, and names every linear layer that is left as it is."""
     printed = good("plan", recipe("qwen3_vl_moe", home("qwen3_vl_moe"), tmp_path / "data", "lora"))
-    assert "experts" in printed and "no adapter" in printed, printed
+    table = printed[printed.index("without an adapter") :]
+    model = HFModel.load(home("qwen3_vl_moe"), LoraSpec(rank=2))
+    left = {
+        re.sub(r"\.\d+\.", ".*.", path)
+        for path, module in theirs("qwen3_vl_moe").model.named_modules()
+        if isinstance(module, torch.nn.Linear) and path not in model.adapters.sites
+    }
+    assert left and not {path for path in left if path not in table}, table
+    assert "model.language_model.layers.*.mlp.experts" in table, table
 
 
 @pytest.mark.parametrize("case", ["one", "text", "two", "mixed"])
