@@ -15,7 +15,7 @@ import zoo
 from retain.adapters.lora import LoraSpec
 from retain.models import guard
 from retain.models.hf import HFModel
-from retain.types import RetainError
+from retain.types import Message, RetainError
 
 FOLDERS: dict[str, Path] = {}
 
@@ -157,3 +157,13 @@ def test_pictures_are_padded_where_the_recipe_says(make: Callable[..., HFModel])
     assert model.fingerprint() != make("llava").fingerprint()
     with pytest.raises(RetainError, match="'crop' or 'pad', not 'stretch'"):
         make("llava", square="stretch")
+
+
+def test_a_template_that_writes_the_date_writes_the_same_every_day(make: Callable[..., HFModel]) -> None:
+    """Mistral-Small's and Llama 3.2's do; a resumed run must not see other prompts."""
+    model = make("qwen2_vl")
+    model.processor.chat_template = "{{ strftime_now('%Y-%m-%d') }} " + model.processor.chat_template
+    again = HFModel(model.hf, model.processor, guide=None)
+    text = again.encode.render((zoo_message := Message("user", "what?"),), generate=True)
+    assert text.startswith("2025-01-01 ") and zoo_message.text in text
+    assert all(f.agrees for f in guard.compare(again))

@@ -14,6 +14,7 @@ import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,7 +173,12 @@ class Encoder:
 
     def _templated(self, turns: list[dict[str, Any]], generate: bool) -> str:
         """The chat template's text. One that wants a turn of words as plain text (Pixtral's system turn) gets it so."""
-        how = {"chat_template": self.template, "tokenize": False, "add_generation_prompt": generate}
+        how = {
+            "chat_template": self.template,
+            "tokenize": False,
+            "add_generation_prompt": generate,
+            **SAME_DAY,
+        }
         try:
             return str(self.tokenizer.apply_chat_template(turns, **how))
         except (TemplateError, TypeError):
@@ -410,6 +416,10 @@ MARK, UNMARK = "\U000f0000", "\U000f0001"
 """What `mark_control_tokens` puts around a special token that is text."""
 
 MARKED = re.compile(f"{MARK}.*?{UNMARK}")
+
+DATE = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+SAME_DAY = datetime(2025, 1, 1)
+"""What a template that writes the date is told: a run that goes on past midnight is the same run."""
 
 TEXTS = 1 << 11
 """Texts whose rendering and tokens are remembered; beyond that all are forgotten at once."""

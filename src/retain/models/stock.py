@@ -84,8 +84,8 @@ class Stock:
             **wanted,
         }
         if not hasattr(processor, "image_processor"):
-            return dict(processor.tokenizer.apply_chat_template(turns, **call))
-        if not processor.chat_template:  # it is the tokenizer's
+            return dict(processor.tokenizer.apply_chat_template(turns, chat_template=encode.told, **call))
+        if processor.chat_template != encode.told:  # it is the tokenizer's, or writes the date
             call["chat_template"] = encode.told
         return dict(processor.apply_chat_template(turns, **call))
 
