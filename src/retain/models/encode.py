@@ -99,9 +99,7 @@ class Encoder:
         self.tokenizer = processor.tokenizer
         self.max_length, self.truncate, self.square = max_length, truncate, square
         self.family = family or Family("?", "", "", ())
-        self.told: str | None = (
-            processor.chat_template or self.tokenizer.chat_template
-        )  # the checkpoint's own
+        self.told = own_template(processor)
         self.template: str = self.told or self.family.template
         self.image_token = placeholder(processor, image_token_id)
         self.pixels: ByteLRU[Mapping[str, Tensor]] = ByteLRU(budget)
@@ -177,7 +175,6 @@ class Encoder:
             "chat_template": self.template,
             "tokenize": False,
             "add_generation_prompt": generate,
-            **SAME_DAY,
         }
         try:
             return str(self.tokenizer.apply_chat_template(turns, **how))
@@ -486,3 +483,11 @@ def words(content: Any) -> Any:
     if isinstance(content, str) or any(part["type"] != "text" for part in content):
         return content
     return "".join(part["text"] for part in content)
+
+
+def own_template(processor: Any) -> str | None:
+    """The checkpoint's chat template, with one date in the place of today's; None where it has none."""
+    told = processor.chat_template or processor.tokenizer.chat_template
+    if isinstance(told, dict):  # one for tools, one for all else
+        told = told.get("default")
+    return DATE.sub(lambda m: repr(SAME_DAY.strftime(m[2])), told) if told else None

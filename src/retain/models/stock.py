@@ -77,12 +77,7 @@ class Stock:
             for part in turn["content"] if isinstance(turn["content"], list) else ():
                 if part["type"] == "image":
                     part["image"] = next(shown)
-        call: dict[str, Any] = {
-            "tokenize": True,
-            "return_dict": True,
-            "add_generation_prompt": True,
-            **wanted,
-        }
+        call: dict[str, Any] = {"tokenize": True, "return_dict": True, **how, **wanted}
         if not hasattr(processor, "image_processor"):
             return dict(processor.tokenizer.apply_chat_template(turns, chat_template=encode.told, **call))
         if processor.chat_template != encode.told:  # it is the tokenizer's, or writes the date
