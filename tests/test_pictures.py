@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import random
 import struct
 import time
@@ -16,9 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
+from typer.testing import CliRunner
 
+import own_data
 import retain
 import tiny
+from retain.cli import app
 from retain.data import picture, read
 from retain.data.doctor import diagnose
 from retain.metrics.scores import score
@@ -269,6 +273,9 @@ def test_one_transparent_colour_lies_on_white() -> None:
     assert seen(lazily(two))[0, :, 0].tolist() == [0, 85, 255, 255]
     four = png_of(bytes([0x0F, 0x5A]), 4, 1, 4, 0, (b"tRNS", struct.pack(">H", 5)))
     assert seen(lazily(four))[0, :, 0].tolist() == [0, 255, 255, 170]
+    read_before = picture.looked_at(four)[0]
+    assert read_before is not None and digest(read_before)
+    assert seen(read_before)[0, :, 0].tolist() == [0, 255, 255, 170]
     eight = png_of(grey.tobytes(), 4, 1, 8, 0, (b"tRNS", struct.pack(">H", 1)))
     assert seen(lazily(eight))[0, :, 0].tolist() == [0, 255, 2, 3]
     one = png_of(bytes([0b01000000]), 4, 1, 1, 0, (b"tRNS", struct.pack(">H", 0)))
@@ -655,12 +662,64 @@ def test_spoiled_files_are_pictures_or_one_sentence(name: str, tmp_path: Path) -
     )
 
 
-def test_a_broken_parquet_image_is_named_by_the_run(tmp_path: Path) -> None:
-    """Its header is whole, so reading takes it; the first use names the example."""
+CUT = "cannot be decoded (OSError: image file is truncated"
+
+
+def cut_shop(folder: Path, parquet: bool) -> Path:
+    """A recipe whose third row has an image with a whole header and half its pixels."""
+    recipe = own_data.shop(folder, own_data.model_dir(folder / "model"))
+    rows = json.loads((folder / "colour_train.json").read_text())
+    for i, row in enumerate(rows):
+        path = folder / "images" / row["image"]
+        raw = path.read_bytes()[: -30 if i == 2 else None]
+        path.write_bytes(raw)
+        question, answer = (turn["value"] for turn in row["conversations"])
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows[i] = {"id": row["id"], "images": [{"bytes": raw, "path": None}], "messages": turns}
+    if parquet:
+        arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        writer.write_table(arrow.Table.from_pylist(rows), folder / "colour_train.parquet")
+        recipe.write_text(recipe.read_text().replace("colour_train.json", "colour_train.parquet"))
+    return recipe
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_half_a_picture_is_named_by_doctor_and_run(parquet: bool, tmp_path: Path) -> None:
+    """With row and file; nothing is trained or written."""
+    recipe = cut_shop(tmp_path, parquet)
+    told = CliRunner().invoke(app, ["doctor", str(recipe)])
+    assert told.exit_code == 1 and "colour-train-2" in told.output and CUT in " ".join(told.output.split())
+    stopped = CliRunner().invoke(app, ["run", str(recipe)])
+    file = "colour_train.parquet, row 3, field 'images[0]'" if parquet else "images/colour_train_2.png"
+    assert stopped.exit_code == 2 and stopped.stderr.count("error:") == 1
+    for words in ("task 'colour', train, row 3: example 'colour-train-2': cannot read image", file, CUT):
+        assert words in stopped.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_image_has_no_digest() -> None:
+    """It fails now and again: Pillow itself shows a black rest the second time."""
     raw = file_of(Image.fromarray(PHOTO), "png")
     image, wrong = picture.looked_at(raw[: len(raw) // 2])
     assert image is not None and wrong == ""
+    example = Example("p", (Message("user", "What?", 1), Message("assistant", "x")), (image,))
+    for _ in range(2):
+        with pytest.raises(RetainError, match=r"^example 'p': cannot read an image of 17 x 13 pixels: "):
+            digest(example)
     with pytest.raises(
-        RetainError, match=r"^example 'p': cannot read image \(a Pillow image, PNG, 17 x 13\): .*truncated"
+        RetainError, match=r"^example 'p': cannot read image \(a Pillow image, PNG, 17 x 13\)"
     ):
         open_image(image, "p")
+
+
+def test_what_passed_a_larger_limit_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`stream.max_pixels` is asked at the header; doctor and training follow."""
+    monkeypatch.setattr(picture, "_allowed", {100})
+    (tmp_path / "a.png").write_bytes(file_of(Image.fromarray(PHOTO), "png"))
+    with pytest.raises(
+        RetainError, match=r"a\.png: 17 x 13 = 221 pixels; at most 100 are taken \(max_pixels\)"
+    ):
+        picture.opened(tmp_path / "a.png", "x")
+    assert picture.looked_at(tmp_path / "a.png", 220)[0] is None
+    assert picture.looked_at(tmp_path / "a.png", 221)[0] is not None
+    assert picture.opened(tmp_path / "a.png", "x").size == (17, 13)

@@ -15,6 +15,7 @@ from retain.run.progress import Progress
 from retain.run.store import RunDir
 from retain.run.track import Tracker, open_tracker
 from retain.stream import Stream
+from retain.types import RetainError
 
 
 def start(recipe: Recipe, *, quiet: bool = False) -> tuple[AccuracyMatrix, bool]:
@@ -54,9 +55,12 @@ def start(recipe: Recipe, *, quiet: bool = False) -> tuple[AccuracyMatrix, bool]
 def check_lengths(model: Model, stream: Stream) -> None:
     """Encode every example once, so that one that does not fit the model is named now."""
     for task in stream.all:
-        for split in (task.train, task.test):
-            for example in split:
-                model.length(example)
+        for split, examples in (("train", task.train), ("test", task.test)):
+            for row, example in enumerate(examples, 1):
+                try:
+                    model.length(example)
+                except RetainError as error:
+                    raise RetainError(f"task {task.name!r}, {split}, row {row}: {error}") from error
 
 
 class Watch:

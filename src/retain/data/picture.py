@@ -35,6 +35,9 @@ from retain.types import ImageSource, RetainError
 MAX_PIXELS = 90_000_000
 """Pixels of one image, about Pillow's own warning: more is a mistake or a decompression bomb."""
 
+WHERE = "where it was read"
+"""In the `info` of a Pillow image: what an error calls it, such as a file, a row and a field."""
+
 _allowed = {MAX_PIXELS}  # the limits that files were looked at with: what passed then is opened later
 
 RANGES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
@@ -104,15 +107,13 @@ def looked_at(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[PILIm
             image = PILImage.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except Exception as error:
         return None, _why(error)
-    width, height = image.size
-    wrong = _refused(image)
-    if not wrong and width * height > max_pixels:
-        wrong = (
-            f"{width} x {height} = {width * height:,} pixels; at most {max_pixels:,} are taken (max_pixels)"
-        )
+    wrong = _refused(image) or _too_large(*image.size, max_pixels)
     if wrong:
         image.close()
-    return (None, wrong) if wrong else (image, "")
+        return None, wrong
+    _allowed.add(max_pixels)
+    image.info[RAW] = _raw_mode(image)  # others may load it before it is shown
+    return image, ""
 
 
 def frames(source: ImageSource) -> int:
@@ -145,8 +146,10 @@ def _name(source: object) -> str:
     if isinstance(source, np.ndarray):
         return f"(an array of {source.dtype} {source.shape})"
     if isinstance(source, PILImage.Image):
-        kind = source.format or f"mode {source.mode}"
-        return f"{getattr(source, 'filename', '') or f'(a Pillow image, {kind}, {source.width} x {source.height})'}"
+        name = source.info.get(WHERE) or getattr(source, "filename", "")
+        return str(
+            name or f"(a Pillow image, {source.format or source.mode}, {source.width} x {source.height})"
+        )
     text = repr(source)
     return text if len(text) <= 60 else text[:57] + "…"
 
@@ -213,8 +216,16 @@ def _orientation(image: PILImage.Image) -> int:
     return found if isinstance(found, int) else 1
 
 
+SHORT = {"L;2": 3, "L;4": 15}
+"""Raw modes of PNG whose pixels Pillow brings to 8 bits (of "RGB;16B" it keeps the upper half), their colours not."""
+
+RAW = "raw mode"
+
+
 def _raw_mode(image: PILImage.Image) -> str:
-    """The raw mode of a file's pixels, such as "L;4" or "RGB;16B"; "" where there is none."""
+    """The raw mode of a file's pixels, such as "L;4" or "RGB;16B"; "" where there is none, or no more."""
+    if RAW in image.info:
+        return str(image.info[RAW])
     tile = getattr(image, "tile", None)
     args = tile[0][3] if tile else ""
     first = args[0] if isinstance(args, tuple) and args else args
@@ -228,11 +239,9 @@ def _on_white(image: PILImage.Image, raw: str) -> PILImage.Image:
     if image.mode == "La":  # premultiplied; Pillow knows no way from here to RGBA
         image = image.convert("LA")
     colour = image.info.get("transparency")
-    if raw in {"L;2", "L;4"} and isinstance(
-        colour, int
-    ):  # PNG tells the colour as stored, Pillow scales the pixels
-        image = _with(image, colour * 255 // (3 if raw == "L;2" else 15))
-    elif raw == "RGB;16B" and isinstance(colour, tuple):  # and keeps the upper half of 16 bits
+    if raw in SHORT and isinstance(colour, int):
+        image = _with(image, colour * 255 // SHORT[raw])
+    elif raw == "RGB;16B" and isinstance(colour, tuple):
         image = _with(image, tuple(int(c) >> 8 for c in colour))
     layer = image if image.mode == "RGBA" else image.convert("RGBA")
     shown = PILImage.new("RGB", layer.size, "white")
@@ -268,9 +277,10 @@ def _declared(image: PILImage.Image) -> int:
     return int(2**bits - 1) if isinstance(bits, int) and 8 < bits < 16 else 0
 
 
-CHUNK = 1 << 20  # values that are held as 8-byte floats at a time
-
 # -- numbers -----------------------------------------------------------------------------------------------------
+
+
+CHUNK = 1 << 20  # values that are held as 8-byte floats at a time
 
 
 def _scaled(values: np.ndarray[Any, Any], declared: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -16,7 +16,7 @@ from os.path import normpath
 from pathlib import Path
 from typing import Any
 
-from retain.data.picture import MAX_PIXELS, looked_at
+from retain.data.picture import MAX_PIXELS, WHERE, looked_at
 from retain.types import Example, ImageSource, Message, RetainError, Role
 
 MAX_LINE = 32 * 2**20
@@ -306,6 +306,7 @@ def _image(value: Any, at: str, file: _File) -> ImageSource:
         image, wrong = looked_at(value["bytes"], file.max_pixels)
         if image is None:
             raise RetainError(f"{at}: {len(value['bytes']):,} bytes: {wrong}")
+        image.info[WHERE] = at
         return image
     if isinstance(value, Mapping):
         value = value.get("path")
