@@ -20,7 +20,11 @@ from retain.types import RetainError
 
 def start(recipe: Recipe, *, quiet: bool = False) -> tuple[AccuracyMatrix, bool]:
     """Run a recipe, or continue it; returns the matrix, and whether this process should print it."""
-    engine = Engine.start(recipe.model.device)
+    with Engine.start(recipe.model.device) as engine:
+        return _started(recipe, engine, quiet), engine.main
+
+
+def _started(recipe: Recipe, engine: Engine, quiet: bool) -> AccuracyMatrix:
     resolved = recipe.resolved()
     method = build_method(recipe)
     old = RunDir.open(recipe.out, resolved, main=False)  # refuses a folder of another recipe, creates nothing
@@ -49,7 +53,7 @@ def start(recipe: Recipe, *, quiet: bool = False) -> tuple[AccuracyMatrix, bool]
             )
     finally:
         tracker.close()
-    return matrix, engine.main
+    return matrix
 
 
 def check_lengths(model: Model, stream: Stream) -> None:
