@@ -48,7 +48,9 @@ class _Commands(TyperGroup):
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    world = os.environ.get("WORLD_SIZE", "1")  # a launcher's processes share a screen
+    who = f"rank {os.environ.get('RANK', '?')} of {world}: " if world != "1" else ""
+    print(f"error: {who}{message}", file=sys.stderr)  # noqa: T201
     raise typer.Exit(2)
 
 

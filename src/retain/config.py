@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from retain import benchmarks
 from retain.adapters.kinds import KINDS, Spec
-from retain.data import read
+from retain.data.picture import MAX_PIXELS
 from retain.metrics import score
 from retain.run.evaluate import EvalOptions
 from retain.run.track import TRACKERS
@@ -73,7 +73,7 @@ class FilesSpec:
     name: str = "mine"
     image_root: str = "."
     unseen: list[TaskSpec] = field(default_factory=list)
-    max_pixels: int = read.MAX_PIXELS
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)

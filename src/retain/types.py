@@ -22,7 +22,7 @@ from torch import Tensor
 
 Role = Literal["system", "user", "assistant"]
 ImageSource = Path | np.ndarray | PILImage.Image
-"""An image as a path, as HWC or HW uint8 pixels, or as a Pillow image. Paths are opened late, once per use."""
+"""An image as a path, as HW or HWC pixels, or as a Pillow image. `data.picture` opens it: paths late, once per use."""
 
 State = Mapping[str, Tensor]
 """An adapter on its own: tensor name to tensor, e.g. what `AdapterBank.state(name)` returns."""
@@ -109,14 +109,26 @@ def digest(value: Any) -> str:
     """A short stable hash of plain data, arrays and images by content, and paths by name and size."""
     h = hashlib.sha256()
 
+    def eat_look(v: PILImage.Image) -> None:
+        """What decides besides the stored pixels how an image looks."""
+        if v.palette is not None:
+            h.update(f"{v.palette.mode}".encode() + v.palette.tobytes())
+        for key in ("transparency", "exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+            if key in v.info:
+                h.update(f"{key}={v.info[key]!r}".encode())
+
     def eat(v: Any) -> None:
         if isinstance(v, Example):
             turns = [[m.role, m.text, m.images, *([list(m.at)] if m.at else [])] for m in v.messages]
-            eat([v.id, turns, list(v.images), list(v.references)])
+            try:
+                eat([v.id, turns, list(v.images), list(v.references)])
+            except RetainError as error:
+                raise RetainError(f"example {v.id!r}: {error}") from error
         elif isinstance(v, np.ndarray):
             h.update(str((v.shape, str(v.dtype))).encode() + np.ascontiguousarray(v).tobytes())
         elif isinstance(v, PILImage.Image):
-            h.update(str((v.size, v.mode)).encode() + v.tobytes())
+            h.update(str((v.size, v.mode)).encode() + _stored(v))
+            eat_look(v)
         elif isinstance(v, Path):
             h.update(f"{v}:{v.stat().st_size if v.is_file() else 'missing'}".encode())
         elif isinstance(v, Tensor):
@@ -135,6 +147,16 @@ def digest(value: Any) -> str:
 
     eat(value)
     return h.hexdigest()[:16]
+
+
+def _stored(image: PILImage.Image) -> bytes:
+    """The pixels of a Pillow image as it holds them, decoded now if they were not."""
+    try:
+        return image.tobytes()
+    except Exception as error:  # Pillow's readers raise nearly every class there is on a broken file
+        image.close()  # asked again, Pillow would show what it has, the rest of it black
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RetainError(f"cannot read an image of {image.width} x {image.height} pixels: {why}") from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,16 @@ from retain.run.progress import Progress
 from retain.run.store import RunDir
 from retain.run.track import Tracker, open_tracker
 from retain.stream import Stream
+from retain.types import RetainError
 
 
 def start(recipe: Recipe, *, quiet: bool = False) -> tuple[AccuracyMatrix, bool]:
     """Run a recipe, or continue it; returns the matrix, and whether this process should print it."""
-    engine = Engine.start(recipe.model.device)
+    with Engine.start(recipe.model.device) as engine:
+        return _started(recipe, engine, quiet), engine.main
+
+
+def _started(recipe: Recipe, engine: Engine, quiet: bool) -> AccuracyMatrix:
     resolved = recipe.resolved()
     method = build_method(recipe)
     old = RunDir.open(recipe.out, resolved, main=False)  # refuses a folder of another recipe, creates nothing
@@ -48,15 +53,18 @@ def start(recipe: Recipe, *, quiet: bool = False) -> tuple[AccuracyMatrix, bool]
             )
     finally:
         tracker.close()
-    return matrix, engine.main
+    return matrix
 
 
 def check_lengths(model: Model, stream: Stream) -> None:
     """Encode every example once, so that one that does not fit the model is named now."""
     for task in stream.all:
-        for split in (task.train, task.test):
-            for example in split:
-                model.length(example)
+        for split, examples in (("train", task.train), ("test", task.test)):
+            for row, example in enumerate(examples, 1):
+                try:
+                    model.length(example)
+                except RetainError as error:
+                    raise RetainError(f"task {task.name!r}, {split}, row {row}: {error}") from error
 
 
 class Watch:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image as PILImage
 
+from retain.data import picture
 from retain.stream import Stream, Task
 from retain.types import Example, ImageSource
 
@@ -27,6 +27,7 @@ RATIONALE = 400  # characters of a question beyond which an answer inside it is 
 SHOWN = 5  # findings of one kind and split that are listed one by one
 
 Level = Literal["error", "warning"]
+_Seen = tuple[str, str, int]  # an image's hash, or what is wrong with it; its frames
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class _Row:
     example: Example
     images: tuple[str, ...]
     broken: tuple[str, ...]
+    moving: tuple[str, ...]  # images of several frames or pages, and how many
     content: str  # a hash of images and prompt
 
     def finding(self, level: Level, field: str, message: str) -> Finding:
@@ -79,24 +81,24 @@ class _Row:
 
 
 def _rows(tasks: Sequence[Task]) -> Iterator[_Row]:
-    known: dict[Path, tuple[str, str]] = {}  # a file that many rows show is decoded once
+    known: dict[Path, _Seen] = {}  # a file that many rows show is decoded once
     for task in tasks:
         for split, examples in (("train", task.train), ("valid", task.valid), ("test", task.test)):
             for number, e in enumerate(examples, 1):
                 read = [_decoded(image, known) for image in e.images]
-                hashes = tuple(found for found, _ in read if found)
-                broken = tuple(
-                    f"{image.name if isinstance(image, Path) else f'image {i}'}: {problem}"
-                    for i, (image, (_, problem)) in enumerate(zip(e.images, read, strict=True), 1)
-                    if problem
-                )
+                names = [
+                    image.name if isinstance(image, Path) else f"image {i}"
+                    for i, image in enumerate(e.images, 1)
+                ]
+                hashes = tuple(found for found, _, _ in read if found)
+                broken = tuple(f"{name}: {p}" for name, (_, p, _) in zip(names, read, strict=True) if p)
+                moving = tuple(f"{name}: {n}" for name, (_, _, n) in zip(names, read, strict=True) if n > 1)
                 turns = [f"{m.role}:{_plain(m.text)}" for m in e.prompt]
                 content = hashlib.sha256("\n".join([*hashes, *broken, *turns]).encode()).hexdigest()
-                yield _Row(task, split, number, e, hashes, broken, content)
+                yield _Row(task, split, number, e, hashes, broken, moving, content)
 
 
-def _decoded(image: ImageSource, known: dict[Path, tuple[str, str]]) -> tuple[str, str]:
-    """(hash of the pixels, problem): one of the two is empty."""
+def _decoded(image: ImageSource, known: dict[Path, _Seen]) -> _Seen:
     if not isinstance(image, Path):
         return _decode(image)
     if image not in known:
@@ -104,18 +106,13 @@ def _decoded(image: ImageSource, known: dict[Path, tuple[str, str]]) -> tuple[st
     return known[image]
 
 
-def _decode(image: ImageSource) -> tuple[str, str]:
-    try:
-        if isinstance(image, Path):
-            with PILImage.open(image) as opened:
-                array = np.asarray(opened.convert("RGB"))
-        elif isinstance(image, PILImage.Image):
-            array = np.asarray(image.convert("RGB"))
-        else:
-            array = np.asarray(PILImage.fromarray(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, TypeError, PILImage.DecompressionBombError) as error:
-        return "", str(error)
-    return hashlib.sha256(str(array.shape).encode() + array.tobytes()).hexdigest(), ""
+def _decode(image: ImageSource) -> _Seen:
+    """Opened exactly as training opens it."""
+    shown, problem = picture.tried(image)
+    if shown is None:
+        return "", problem, 0
+    array = np.asarray(shown)
+    return hashlib.sha256(str(array.shape).encode() + array.tobytes()).hexdigest(), "", picture.frames(image)
 
 
 # -- one row ---------------------------------------------------------------------------------------------
@@ -128,6 +125,8 @@ def _example(row: _Row) -> Iterator[Finding]:
         yield finding("error", "id", "the id is empty")
     for problem in row.broken:
         yield finding("error", "image", f"does not decode: {problem}")
+    for several in row.moving:
+        yield finding("warning", "image", f"only the first frame or page is shown: {several} are there")
     if not e.question.strip():
         yield finding("error", "question", "the question is empty")
     if not any(t.strip() for t in e.targets):

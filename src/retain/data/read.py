@@ -8,23 +8,16 @@ links inside the root are the user's own and are followed.
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import normpath
 from pathlib import Path
 from typing import Any
 
-from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
-
+from retain.data.picture import MAX_PIXELS, WHERE, looked_at
 from retain.types import Example, ImageSource, Message, RetainError, Role
-
-MAX_PIXELS = 90_000_000
-"""Pixels of one image, about Pillow's own warning: more is a mistake or a decompression bomb."""
 
 MAX_LINE = 32 * 2**20
 MAX_TEXT = 1_000_000
@@ -345,12 +338,11 @@ def _image_fields(row: Row, where: str) -> list[tuple[str, Any]]:
 def _image(value: Any, at: str, file: _File) -> ImageSource:
     """A path under the root, or (parquet) an image file's bytes; the header is read, the size checked."""
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
-        opened: list[PILImage.Image] = []
-        raw = value["bytes"]
-        wrong = _look(lambda: PILImage.open(io.BytesIO(raw)), file.max_pixels, opened)
-        if wrong:
-            raise RetainError(f"{at}: {len(raw):,} bytes: {wrong}")
-        return opened[0]
+        image, wrong = looked_at(value["bytes"], file.max_pixels)
+        if image is None:
+            raise RetainError(f"{at}: {len(value['bytes']):,} bytes: {wrong}")
+        image.info[WHERE] = at
+        return image
     if isinstance(value, Mapping):
         value = value.get("path")
     name = _str(value, at)
@@ -367,33 +359,12 @@ def _image(value: Any, at: str, file: _File) -> ImageSource:
 
 
 def _wrong_path(path: Path, max_pixels: int) -> str:
-    if not path.is_file():
-        return f"no such image under the image root ({path})"
-    return _look(lambda: PILImage.open(path), max_pixels)
-
-
-def _look(
-    open_: Callable[[], PILImage.Image], max_pixels: int, keep: list[PILImage.Image] | None = None
-) -> str:
-    """What is wrong with an image by its header; "" for nothing. `keep` receives the opened image."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # our own limit says it better
-            image = open_()
-    except PILImage.DecompressionBombError as error:
-        return f"too large: {error}"
-    except UnidentifiedImageError:
-        return "not an image that Pillow can read (corrupt, or another kind of file)"
-    except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: Pillow's word for a broken PNG
-        return f"cannot be opened: {error}"
-    width, height = image.size
-    if width * height > max_pixels:
+        if not path.is_file():
+            return f"no such image under the image root ({path})"
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        return error.strerror or str(error)
+    image, wrong = looked_at(path, max_pixels)
+    if image is not None:
         image.close()
-        return (
-            f"{width} x {height} = {width * height:,} pixels; at most {max_pixels:,} are taken (max_pixels)"
-        )
-    if keep is None:
-        image.close()
-    else:
-        keep.append(image)
-    return ""
+    return wrong

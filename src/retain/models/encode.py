@@ -15,17 +15,16 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 from torch import Tensor
 from transformers.utils.chat_template_utils import _get_control_token_patterns, mark_control_tokens
 
+from retain.data.picture import opened
 from retain.models.cache import ByteLRU
 from retain.models.family import Family
 from retain.types import Example, ImageSource, Message, RetainError
@@ -62,16 +61,8 @@ class Encoded:
 
 
 def open_image(source: ImageSource, example_id: str) -> PILImage.Image:
-    """RGB pixels of an image. Raises RetainError naming the example where a file is missing or broken."""
-    if isinstance(source, Path):
-        try:
-            with PILImage.open(source) as image:
-                return image.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise RetainError(f"example {example_id!r}: cannot read image {source}: {error}") from error
-    if isinstance(source, np.ndarray):
-        return PILImage.fromarray(source).convert("RGB")
-    return source.convert("RGB")
+    """RGB pixels of an image, as `data.picture` shows it. Raises RetainError naming the example."""
+    return opened(source, f"example {example_id!r}")
 
 
 class Encoder:

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from retain.adapters.bank import AdapterBank, Mix
+from retain.data.picture import opened
 from retain.files import (
     append_lines,
     mend,
@@ -45,7 +46,6 @@ from retain.files import (
     write_text,
 )
 from retain.method import Method
-from retain.models.encode import open_image
 from retain.types import Example, Message, RetainError, digest
 
 FORMAT = 1
@@ -93,15 +93,17 @@ def _pack(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
         return value
     if isinstance(value, Tensor | np.ndarray):
         t = (
-            value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-        )  # a copy: it may be read-only
+            value
+            if isinstance(value, Tensor)
+            else torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+        )  # a copy in this machine's byte order: it may be read-only
         key = f"t{len(tensors):05d}"
         tensors[key] = t.detach().cpu().contiguous().clone()
         return {"$tensor" if isinstance(value, Tensor) else "$array": [key, t.device.type != "cpu"]}
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, PILImage.Image):
-        return _pack(np.array(value.convert("RGB")), tensors, at)
+        return _pack(np.array(opened(value, at)), tensors, at)
     if isinstance(value, Path):
         return {"$path": str(value)}
     if isinstance(value, Example):
@@ -231,7 +233,7 @@ class RunDir:
             return None
         name = f"samples/{safe(task)}/{digest(example.id)}.png"
         if self.main and not (self.path / name).is_file():
-            picture = open_image(example.images[0], example.id)
+            picture = opened(example.images[0], f"example {example.id!r}")
             picture.thumbnail((side, side))
             write_atomic(self.path / name, lambda p: picture.save(p, "png"), durable=False)
         return name
