@@ -1,4 +1,4 @@
-"""A plain Hugging Face checkpoint on disk: its weights by module, read one at a time, and what ties its head to its embeddings.
+"""A plain Hugging Face checkpoint on disk: its weights by module, read one at a time, and which of them are tied.
 
     base = Checkpoint("models/llava-1.5-7b");   base.find("language_model.lm_head");   base.weight("lm_head")
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from retain.adapters.peft_folder import aliases
+from retain.files import read_record
 from retain.types import RetainError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -48,7 +49,7 @@ class Checkpoint:
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         except OSError:
-            raise RetainError(f"{self.folder}: no model folder (config.json and safetensors); name one with --base") from None
+            raise self._no_model() from None
         except ValueError as error:
             raise RetainError(f"{self.folder / 'config.json'}: not valid JSON ({error})") from None
         return config if isinstance(config, dict) else {}
@@ -58,12 +59,17 @@ class Checkpoint:
         if (self.folder / SINGLE).is_file():
             return [self.folder / SINGLE]
         if (self.folder / INDEX).is_file():
-            listed = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-            return [self.folder / name for name in sorted(set(listed))]
+            index = read_record(self.folder / INDEX, "weight_map")
+            return [self.folder / name for name in sorted(set(index["weight_map"].values()))]
         shards = sorted(self.folder.glob("*.safetensors"))
         if not shards:
-            raise RetainError(f"{self.folder}: no model folder (config.json and safetensors); name one with --base")
+            raise self._no_model()
         return shards
+
+    def _no_model(self) -> RetainError:
+        return RetainError(
+            f"{self.folder}: no model folder (config.json and safetensors); name one with --base"
+        )
 
     @cached_property
     def model(self) -> Any:
@@ -102,18 +108,34 @@ class Checkpoint:
 
     @cached_property
     def tied(self) -> dict[str, str]:
-        """Parameters that have no weight of their own, to those whose weight they use (a head, the embeddings)."""
-        return {} if self.model is None else dict(self.model.all_tied_weights_keys)
+        """Parameters that have no weight of their own, to those whose weight they use (a head, the embeddings).
+
+        As `from_pretrained` does it: what the files hold twice, and differently, is not tied, whatever the config says.
+        """
+        pairs = {} if self.model is None else dict(self.model.all_tied_weights_keys)
+        return {head: table for head, table in pairs.items() if not self._differ(head, table)}
+
+    def _differ(self, *names: str) -> bool:
+        places = [self.keys[name] for name in names if name in self.keys]
+        stored = [self.files[shard].get_tensor(key) for shard, key in places]
+        return len(stored) == 2 and not torch.equal(*stored)
+
+    @property
+    def says_tied(self) -> bool:
+        """Whether the config asks for one weight for embeddings and head."""
+        inner = self.config.get("text_config")
+        return any(isinstance(c, dict) and c.get("tie_word_embeddings") is True for c in (self.config, inner))
 
     def find(self, path: str) -> str:
         """The module's path in the model by any name that it goes by; an error names what was not found."""
-        for name in [*aliases(path), self._loaded(f"{path}.weight").removesuffix(".weight")] if self.model is not None else []:
-            if name in self.modules:
+        names = aliases(path)
+        there = {name.rpartition(".")[0] for name in self.keys}
+        if self.model is not None:
+            names.append(self._loaded(f"{path}.weight").removesuffix(".weight"))
+            there = set(self.modules)
+        for name in names:
+            if name in there:
                 return name
-        if self.model is None:
-            for name in aliases(path):
-                if any(k.startswith(f"{name}.") for k in self.keys):
-                    return name
         raise RetainError(f"{self.folder}: this model has no module {path!r}{self._known_as(path)}")
 
     def _known_as(self, path: str) -> str:
@@ -166,5 +188,7 @@ def bare(config: Mapping[str, Any]) -> Any:
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the same model whose head and embeddings have a weight each."""
-    inner = {k: untied(v) if isinstance(v, dict) and v.get("tie_word_embeddings") else v for k, v in config.items()}
+    inner = {
+        k: untied(v) if isinstance(v, dict) and v.get("tie_word_embeddings") else v for k, v in config.items()
+    }
     return {**inner, "tie_word_embeddings": False}

@@ -116,7 +116,9 @@ class PeftFolder:
             raise RetainError(f"{file}: {key}: {error}") from None
         if not torch.isfinite(value).all():
             bad = value[~torch.isfinite(value)]
-            raise RetainError(f"{file}: {key} holds {float(bad[0])} ({bad.numel()} of {value.numel()} values)")
+            raise RetainError(
+                f"{file}: {key} holds {float(bad[0])} ({bad.numel()} of {value.numel()} values)"
+            )
         return value
 
     def _opened(self, file: Path) -> Any:
@@ -283,7 +285,9 @@ def _header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dty
     except SafetensorError as error:
         raise RetainError(f"{file}: no whole safetensors file: {error}") from None
     if not shapes:
-        raise RetainError(f"{file}: it holds no tensor; a ZeRO-3 run must gather the weights before it saves them")
+        raise RetainError(
+            f"{file}: it holds no tensor; a ZeRO-3 run must gather the weights before it saves them"
+        )
     for key, shape in shapes.items():
         if 0 in shape:
             raise RetainError(
@@ -327,7 +331,11 @@ def _place(a: PeftFolder) -> None:
             path = _llava(a, key, path)
         if path.endswith(".base_layer"):
             path, table = path.removesuffix(".base_layer"), a.own
-        elif leaf.startswith(("lora", "magnitude")) or _is_copy(a.config, path, leaf) or a.files[key].name != WEIGHTS:
+        elif (
+            leaf.startswith(("lora", "magnitude"))
+            or _is_copy(a.config, path, leaf)
+            or a.files[key].name != WEIGHTS
+        ):
             there = a.modules.setdefault(path, {})
             if leaf in there:
                 raise RetainError(f"{a.files[key]}: {there[leaf]} and {key} are the same tensor of {path}")
@@ -351,7 +359,9 @@ def _place(a: PeftFolder) -> None:
         a.names.update(renamed.names)
     for entry in a.config.get("modules_to_save") or []:
         if not any(_is_copy({"modules_to_save": [entry]}, path, "") for path in a.modules):
-            raise RetainError(f"{a.folder / WEIGHTS}: modules_to_save names {entry!r}, but no tensor of it is there")
+            raise RetainError(
+                f"{a.folder / WEIGHTS}: modules_to_save names {entry!r}, but no tensor of it is there"
+            )
 
 
 def _adapter_name(a: PeftFolder, inner: Iterable[str]) -> str:
@@ -360,7 +370,9 @@ def _adapter_name(a: PeftFolder, inner: Iterable[str]) -> str:
     found = [f["name"] for k in inner for p in (_LORA, _EMBEDDING, _DORA) if (f := p.fullmatch(k))]
     names = sorted({n for n in found if n})
     if len(names) > 1:
-        raise RetainError(f"{a.folder / WEIGHTS}: it holds several adapters, {names}; save one of them per folder")
+        raise RetainError(
+            f"{a.folder / WEIGHTS}: it holds several adapters, {names}; save one of them per folder"
+        )
     if names:
         return names[0]
     rests = [f["rest"].split(".") for k in inner if (f := _SAVED.fullmatch(k))]
@@ -378,7 +390,9 @@ def _parsed(inner: str, name: str) -> tuple[str, str]:
         return found["path"], "magnitude"
     if found := _SAVED.fullmatch(inner):
         rest = found["rest"].split(".")
-        inner = ".".join([found["path"], *(rest[1:] if rest[0] in (name, "default") and len(rest) > 1 else rest)])
+        inner = ".".join(
+            [found["path"], *(rest[1:] if rest[0] in (name, "default") and len(rest) > 1 else rest)]
+        )
     path, _, leaf = inner.rpartition(".")
     return path, leaf
 
@@ -398,7 +412,9 @@ def _llava(a: PeftFolder, key: str, path: str) -> str:
     """The stock name of a layer of LLaVA's own projector; anything else beside the adapter is refused."""
     path = path if path.startswith("model.") else f"model.{path}"
     if not re.fullmatch(r"model\.mm_projector\.[02]", path):
-        raise RetainError(f"{a.files[key]}: {key} is no layer of a two-layer projector (mm_projector.0, mm_projector.2)")
+        raise RetainError(
+            f"{a.files[key]}: {key} is no layer of a two-layer projector (mm_projector.0, mm_projector.2)"
+        )
     return aliases(path)[-1]
 
 
@@ -415,7 +431,9 @@ def _whole(a: PeftFolder, path: str) -> None:
                 raise RetainError(f"{file}: {leaves[here]} is no pair: {path} has no {lacking}")
         stray = leaves.keys() - {A, B, "lora_bias", "magnitude"}
         if stray or (A != "lora_A" and len(leaves) > 2):
-            raise RetainError(f"{file}: {leaves[sorted(stray or leaves)[0]]} has no place beside the factors of {path}")
+            raise RetainError(
+                f"{file}: {leaves[sorted(stray or leaves)[0]]} has no place beside the factors of {path}"
+            )
         shapes = a.shapes[leaves[A]], a.shapes[leaves[B]]
         for shape in shapes:
             if len(shape) != 2:
@@ -424,9 +442,13 @@ def _whole(a: PeftFolder, path: str) -> None:
                     "and embeddings can be merged"
                 )
         if shapes[1][1] != shapes[0][0]:
-            raise RetainError(f"{file}: {path}: {A} {shapes[0]} and {B} {shapes[1]} are no factors of one matrix")
+            raise RetainError(
+                f"{file}: {path}: {A} {shapes[0]} and {B} {shapes[1]} are no factors of one matrix"
+            )
         if "magnitude" in leaves and not a.config.get("use_dora"):
-            raise RetainError(f"{file}: {leaves['magnitude']} belongs to DoRA, but {CONFIG} does not say use_dora")
+            raise RetainError(
+                f"{file}: {leaves['magnitude']} belongs to DoRA, but {CONFIG} does not say use_dora"
+            )
         if "lora_bias" in leaves and not a.config.get("lora_bias"):
             raise RetainError(f"{file}: {leaves['lora_bias']} is there, but {CONFIG} does not say lora_bias")
         a.scale(path)

@@ -33,7 +33,6 @@ from retain.adapters.peft_folder import CONFIG, PREFIX, WEIGHTS, PeftFolder, ali
 from retain.files import aside, write_atomic, write_text
 from retain.types import Batch, RetainError
 
-
 # -- writing -------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +172,9 @@ def load_peft(bank: AdapterBank, name: str, folder: str | Path) -> None:
     stored = PeftFolder.open(folder)
     own_base = str(bank.signature.get("base", ""))
     if stored.base and own_base and stored.base != own_base:
-        raise RetainError(f"{folder}: the adapter was trained on base {stored.base}, this model is {own_base}")
+        raise RetainError(
+            f"{folder}: the adapter was trained on base {stored.base}, this model is {own_base}"
+        )
     stored = _at_sites(stored, bank)
     fresh = name not in bank.names
     state = dict(bank.state(name)) if not fresh else None
@@ -191,7 +192,7 @@ def load_peft(bank: AdapterBank, name: str, folder: str | Path) -> None:
 
 def _at_sites(stored: PeftFolder, bank: AdapterBank) -> PeftFolder:
     """The adapter with the paths of the bank's sites; a module that fits none is an error."""
-    names, unknown = dict[str, str](), []
+    names, unknown = dict[str, str](), list[str]()
     for path, leaves in stored.modules.items():
         site = _site(path, bank)
         kinds = {"lora_A", "lora_B"} if isinstance(bank.sites.get(site), LoraLinear) else {"weight", "bias"}
