@@ -135,9 +135,9 @@ def _dense(site: DenseLinear, weights: Mapping[str, Any], names: Sequence[str]) 
         _plain(base, key)
         total = base.detach().float()
         for name in names:
-            w = float(weights.get(name, 0.0))
-            if w:
-                total = total + w * site.tensors(name)[key].detach().float()
+            w, delta = float(weights.get(name, 0.0)), site.tensors(name).get(key)
+            if w and delta is not None:
+                total = total + w * delta.detach().float()
         out[key] = total.contiguous().clone()
     return out
 
