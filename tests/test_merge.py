@@ -289,6 +289,10 @@ def test_pcb_slerp_and_fisher_equal_their_formulas() -> None:
     torch.testing.assert_close(
         call("pcb", states, ratio=0.3, clip=0.02)["projector.weight"], want, atol=1e-5, rtol=1e-4
     )
+    for ratio, clip in ((0.1, 1e-4), (0.5, 0.2)):  # the release's upper quantile cuts off the largest entry
+        want = torch.tensor(reference.pcb(flat, ratio, 1.2, clip)).view(6, 7)
+        got_ = call("pcb", states, ratio=ratio, clip=clip)["projector.weight"]
+        torch.testing.assert_close(got_, want, atol=1e-5, rtol=1e-4)
     want = torch.tensor(reference.slerp(*flat, 0.3)).view(6, 7)
     torch.testing.assert_close(call("slerp", states, [0.7, 0.3])["projector.weight"], want)
     low = [changes(s)["layers.0.q"].flatten().tolist() for s in states]
@@ -324,6 +328,21 @@ def test_equal_fishers_give_coma_and_two_quadratics_their_joint_minimum() -> Non
 
     coma = joint(torch.full((2,), 0.4))
     assert joint(merged) == pytest.approx(0.198, abs=5e-3) and coma == pytest.approx(5.25, abs=0.01)
+
+
+def test_what_cannot_be_merged_is_one_sentence() -> None:
+    states = [state(1), state(2)]
+    other = [{k: (v[:2] if k.endswith("lora_A") else v[:, :2] if k.endswith("lora_B") else v) for k, v in s.items()}
+             for s in states]  # fmt: skip
+    with pytest.raises(RetainError, match=r"layers\.0\.q: fisher: the Fisher of adapter 1 is \(2, 10\)"):
+        merger("fisher")(states, fishers=other)
+    with pytest.raises(RetainError, match=r"fisher: 1 Fishers for 2 adapters"):
+        merger("fisher")(states, fishers=states[:1])
+    huge = [{k: v * 1e30 for k, v in s.items()} for s in states]
+    for name in MERGERS:
+        if name != "fisher":
+            with pytest.raises(RetainError, match=r"overflow fp32|too large for fp32"):
+                merger(name)(huge, keep="cat" if name in ("average", "svd") else None)
 
 
 def test_the_elements_of_pruning() -> None:
@@ -395,10 +414,11 @@ def test_results_are_kept_as_asked() -> None:
     assert run(states).state["layers.0.q.lora_A"].shape == (8, 10)  # auto: the sum of ranks
     assert call("svd", states)["layers.0.q.lora_A"].shape == (4, 10)
     pieces = chunks(exact.parts, 4)
+    assert [any("projector" in k for k in p) for p in pieces] == [True, *[False] * (len(pieces) - 1)]
     assert {p["layers.0.q.lora_A"].shape for p in pieces} == {(4, 10)}
     summed = [changes(p) for p in pieces]
     for path, want in changes(exact.state).items():
-        torch.testing.assert_close(sum(s[path] for s in summed), want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sum(s[path] for s in summed if path in s), want, atol=1e-4, rtol=1e-4)
 
 
 def test_lorahub_finds_the_weights() -> None:

@@ -137,7 +137,7 @@ def test_a_merged_checkpoint_is_base_plus_change(kind: str, name: str, tmp_path:
     folders = [adapter(tmp_path, f"a{i}", i, **config) for i, config in enumerate(KINDS[kind])]
     base = checkpoint(tmp_path)
     merge_checkpoint(folders, name, tmp_path / "whole", base=base)
-    merge_folders(folders, name, tmp_path / "adapter", keep="cat")
+    merge_folders(folders, name, tmp_path / "adapter", keep="cat", base=base)
     state = {
         k: v for f in sorted((tmp_path / "whole").glob("*.safetensors")) for k, v in load_file(f).items()
     }
@@ -256,14 +256,14 @@ def test_bad_input_is_one_clear_error_and_nothing_is_left(tmp_path: Path) -> Non
     (pickle / "adapter_config.json").write_text("{}")
     (pickle / "adapter_model.bin").write_bytes(b"")
     cases: list[tuple[Path, str, dict[str, Any]]] = [
-        (broken(good, tmp_path / "nan", nan), r"nan: .*layers\.1\.v\.lora_B\.weight holds nan \(1 of 64", {}),
+        (broken(good, tmp_path / "nan", nan), r"nan.adapter_model.*: .*layers\.1\.v\.lora_B\.weight holds nan \(1 of 64", {}),
         (corrupt, r"corrupt.adapter_model\.safetensors: no whole safetensors file", {}),
         (no_json, r"no_json.adapter_config\.json: no valid adapter config", {}),
         (pickle, r"pickle: no adapter_model\.safetensors.*is a pickle", {}),
         (tmp_path / "absent", r"absent: no such folder", {}),
         (adapter(tmp_path, "few", 2, target_modules=["q"]), r"few: layers\.0\.v is missing", {}),
         (broken(good, tmp_path / "extra", lambda t: t | {"base_model.model.odd.lora_A.weight": t[key] + 0}),
-         r"extra: .*odd\.lora_A\.weight is no pair", {}),
+         r"extra.*odd\.lora_A\.weight is no pair: odd has no lora_B", {}),
         (broken(good, tmp_path / "shape", lambda t: t | {key: torch.zeros(17, 4)}),
          r"shape: layers\.1\.v is \(17, 20\)", {}),
         (broken(good, tmp_path / "rank", r=5), r"rank: layers\.0\.q has rank 4, but adapter_config\.json says 5", {}),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from reference import merge as reference
 from retain.merge.patch import factor, model_tailor, moments
 from retain.types import RetainError
 
@@ -69,6 +70,18 @@ def test_one_column_equals_the_closed_form() -> None:
     assert torch.equal(got[:, 0], W0[:, 0])
     torch.testing.assert_close(got[:, 1:], want[:, 1:], atol=1e-5, rtol=1e-4)
     assert (got[:, 1:] - W1[:, 1:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("code", [False, True])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_wide_layers_choose_by_what_tuning_changed(code: bool, sign: int) -> None:
+    """Three blocks: salience is that of the tuned weights, `code` reads the compensated ones, as released."""
+    W0, W1, x = (t[:12, :48] if len(t) < 50 else t[:64, :48] for t in layer(0.9))
+    how = {"sparsity": 0.6, "block": 16, "sign": sign}
+    got = model_tailor(W0, W1, x, sensitivity="code" if code else "obs", **how)
+    want = torch.tensor(reference.model_tailor(W0.tolist(), W1.tolist(), x.tolist(), code=code, **how))
+    assert ((got == W0) == (want == W0)).all()
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
 
 
 def test_bad_input_is_named() -> None:

@@ -1,7 +1,7 @@
 """The command line: it parses, calls the library and prints. Nothing is decided here.
 
-An error that a user can mend is one message on stderr and exit code 2; Ctrl-C ends with 130 and the same
-command continues; a reader that closes the pipe (`| head`) ends it quietly.
+An error that a user can mend is one message on stderr and exit code 2; Ctrl-C ends with 130 and says whether the
+same command continues or starts again; a reader that closes the pipe (`| head`) ends it quietly.
 """
 
 from __future__ import annotations
@@ -38,13 +38,20 @@ class _Commands(TyperGroup):
         except RetainError as error:
             _fail(str(error))
         except KeyboardInterrupt:
-            print("\ninterrupted: what was saved is kept, and the same command continues", file=sys.stderr)  # noqa: T201
+            print(f"\ninterrupted: {_interrupted(ctx.invoked_subcommand)}", file=sys.stderr)  # noqa: T201
             raise typer.Exit(130) from None
         except (OSError, SafetensorError) as error:
             if isinstance(error, BrokenPipeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
                 raise typer.Exit(0) from None
             _fail(_told(error))
+
+
+def _interrupted(command: str | None) -> str:
+    """What Ctrl-C leaves: only a run saves as it goes; every other command writes its result in one step at the end."""
+    if command == "run":
+        return "what was saved is kept, and the same command continues"
+    return "nothing was written, and the same command starts again from the beginning"
 
 
 def _fail(message: str) -> None:

@@ -1,14 +1,18 @@
-"""Files that survive a kill: written under a temporary name, flushed to disk, renamed; torn lines cut off.
+"""Files and folders that survive a kill: written under a temporary name, flushed to disk, renamed; torn lines cut off.
 
-JSON keeps the order of its keys: the order of adapters is the order of sums, and so part of the result.
+JSON keeps the order of its keys: the order of adapters is the order of sums, and so part of the result. What is
+written has the permissions that the user's umask asks for, whatever a library chose for its temporary files.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,9 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        mode = usual_mode(part)
         write(part)
+        part.chmod(mode)
         if durable:
             _flush(part)
         part.replace(path)
@@ -37,6 +43,61 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
             part.unlink()
         said = getattr(error, "strerror", None) or error
         raise RetainError(f"cannot write {path}: {said}; what was saved before is kept") from error
+
+
+def usual_mode(path: Path) -> int:
+    """The permissions of a file that the user makes; leaves an empty one. safetensors' own are for their owner only."""
+    path.unlink(missing_ok=True)
+    path.touch()  # asked of a file, not of os.umask, which can only be read by changing it for every thread
+    return path.stat().st_mode & 0o777
+
+
+@contextmanager
+def aside(to: str | Path) -> Iterator[Path]:
+    """A folder that appears under its name only when it is whole; after an error or Ctrl-C nothing is left.
+
+    What a killed process left beside it is swept, unless that process still lives.
+    """
+    to = Path(to)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise RetainError(f"{to} exists and is not empty; choose another folder with --to")
+    _sweep(to)
+    part = to.parent / f".{to.name}.part-{os.getpid()}"
+    part.mkdir(parents=True)
+    try:
+        yield part
+        mode = usual_mode(part / ".mode")
+        (part / ".mode").unlink()
+        for file in part.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(mode)
+        if to.is_dir():
+            to.rmdir()
+        part.rename(to)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _sweep(to: Path) -> None:
+    """Remove the unfinished folders of processes that were killed while they wrote `to`."""
+    for left in to.parent.glob(f".{glob.escape(to.name)}.part-*") if to.parent.is_dir() else ():
+        found = re.fullmatch(r".*\.part-(\d+)", left.name)
+        if found and left.is_dir() and not left.is_symlink() and not _lives(int(found[1])):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether another process of that number runs; our own number in a name is a dead namesake's."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
 
 
 def _flush(path: Path) -> None:

@@ -76,16 +76,17 @@ def pcb(taus: list[list[float]], ratio: float, lam: float, clip: float) -> list[
     """PCB-Merging as released, on flat vectors."""
     N, d = len(taus), len(taus[0])
     together = [sum(t[j] for t in taus) for j in range(d)]
-    scales = []
+    scales, clipped = [], []
     for t in taus:
         order = sorted(map(abs, t))
-        low, high = order[min(d - 1, int(clip * d))], order[min(d - 1, int((1 - clip) * d))]
-        size = _unit([min(max(abs(x), low), high) for x in t])
+        low, high = order[int(d * clip)], order[int(d * (1 - clip) - 1)]
+        clipped.append([math.copysign(min(max(abs(x), low), high), x) for x in t])
+        size = _unit([abs(x) for x in clipped[-1]])
         beta = [math.exp(N * u * u) * math.tanh(x * s) for u, x, s in zip(size, t, together)]
         bound = sorted(beta)[min(d - 1, int((1 - ratio) * d))]
         scales.append(_unit([max(b, bound) for b in beta]))
     return [
-        lam * sum(t[j] * s[j] for t, s in zip(taus, scales)) / max(sum(s[j] for s in scales), 1e-12)
+        lam * sum(t[j] * s[j] for t, s in zip(clipped, scales)) / max(sum(s[j] for s in scales), 1e-12)
         for j in range(d)
     ]
 
@@ -131,10 +132,14 @@ def model_tailor(
     sign: float = -1.0,
     w: float = 0.5,
     damp: float = 0.01,
+    block: int = 128,
 ) -> Matrix:
-    """Model Tailor on at most 128 columns (one block), by the inverse of what is left of H at every column:
+    """Model Tailor, by the inverse of what is left of H at every column:
 
     column j reset by e:  W_k += sign e [H_F^-1]_jk / [H_F^-1]_jj  for k in F = {j, j + 1, …}
+
+    What is reset is chosen when a block of columns comes: by what tuning moved there, whatever compensation has done
+    since, and (`code`) by the weights as they are then.
     """
     n, out_n = len(W0[0]), len(W0)
     H = [[2 / len(xs) * sum(x[i] * x[j] for x in xs) for j in range(n)] for i in range(n)]
@@ -145,15 +150,18 @@ def model_tailor(
         H[j][j] += damp * mean
     left = [_inverse([row[j:] for row in H[j:]])[0] for j in range(n)]  # first rows, F shrinking
     moved = [[abs(b - a) for a, b in zip(r0, r1)] for r0, r1 in zip(W0, W1)]
-    felt = [
-        [(x * x if code else m * m / 2) / left[j][0] for j, (x, m) in enumerate(zip(r1, rm))]
-        for r1, rm in zip(W1, moved)
-    ]
-    score = [[w * a + (1 - w) * b for a, b in zip(_z(rm), _z(rf))] for rm, rf in zip(moved, felt)]
-    order = sorted((score[o][j], o, j) for o in range(out_n) for j in range(n))
-    reset = {(o, j) for _, o, j in order[: round(sparsity * out_n * n)]}
     out = [list(row) for row in W1]
+    reset: set[tuple[int, int]] = set()
     for j in range(n):
+        if j % block == 0:
+            columns = range(j, min(j + block, n))
+            order = []
+            for o in range(out_n):
+                here = [moved[o][c] for c in columns]
+                felt = [(out[o][c] ** 2 if code else moved[o][c] ** 2 / 2) / left[c][0] for c in columns]
+                score = [w * a + (1 - w) * b for a, b in zip(_z(here), _z(felt))]
+                order += [(s, o, c) for s, c in zip(score, columns)]
+            reset |= {(o, c) for _, o, c in sorted(order)[: round(sparsity * len(order))]}
         for o in range(out_n):
             if (o, j) in reset:
                 lost = out[o][j] - W0[o][j]

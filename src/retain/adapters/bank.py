@@ -11,7 +11,7 @@ of one pair of matrix products. No method touches a site; no site knows a method
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -110,16 +110,28 @@ class AdapterBank:
 
     # -- adapters -------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, rng: Generator | None = None, *, like: str | None = None) -> None:
-        """A fresh adapter (it changes no logit: B is zero), or a copy of the adapter `like`."""
+    def add(
+        self,
+        name: str,
+        rng: Generator | None = None,
+        *,
+        like: str | None = None,
+        paths: Collection[str] | None = None,
+    ) -> None:
+        """A fresh adapter (it changes no logit: B is zero), or a copy of the adapter `like`.
+
+        `paths` are the sites that it has tensors at, as far as a site can do without (full deltas can).
+        """
         if not re.fullmatch(r"[\w-]+", name):
             raise RetainError(f"adapter name {name!r}: use letters, digits, '_' and '-' only")
         if name in self.names:
             raise RetainError(f"adapter {name!r} exists already; the bank holds {self.names}")
         if like is not None:
             self._known(like)
-        for site in self.sites.values():
-            site.create(name, rng)
+            paths = {key.rpartition(".")[0] for key in self.parameters(like)}
+        for path, site in self.sites.items():
+            if paths is None or path in paths or not getattr(site, "optional", False):
+                site.create(name, rng)
         self.names.append(name)
         if like is not None:
             self.load(name, self.state(like))

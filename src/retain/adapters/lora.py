@@ -305,7 +305,12 @@ class _Fused(torch.autograd.Function):
 
 
 class DenseLinear(_Foldable):
-    """K dense deltas on one linear layer (weight, bias), zero at first: the projector as an adapter."""
+    """K dense deltas on one linear layer (weight, bias), zero at first: the projector as an adapter.
+
+    An adapter may do without: then it has no tensors here, rather than zeros of the layer's size.
+    """
+
+    optional: ClassVar[bool] = True
 
     def __init__(self, base: nn.Module, layer: int | None, group: str, visual: bool) -> None:
         super().__init__(base, layer, group, visual)
@@ -318,15 +323,16 @@ class DenseLinear(_Foldable):
             self.delta_bias[name] = Parameter(torch.zeros(n_out, device=self.device))
 
     def remove(self, name: str) -> None:
-        del self.delta_weight[name]
-        if name in self.delta_bias:
-            del self.delta_bias[name]
+        for deltas in (self.delta_weight, self.delta_bias):
+            if name in deltas:
+                del deltas[name]
 
     def tensors(self, name: str) -> dict[str, Parameter]:
-        out = {"weight": self.delta_weight[name]}
-        if name in self.delta_bias:
-            out["bias"] = self.delta_bias[name]
-        return out
+        deltas = {"weight": self.delta_weight, "bias": self.delta_bias}
+        return {key: held[name] for key, held in deltas.items() if name in held}
+
+    def active(self) -> list[tuple[str, Weight]]:
+        return [(n, w) for n, w in super().active() if n in self.delta_weight]
 
     def summed(self, active: list[tuple[str, Weight]]) -> tuple[Tensor, Tensor | None]:
         """W + sum_k w_k dW_k, and the same of the bias."""

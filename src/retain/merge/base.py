@@ -138,8 +138,11 @@ class Merger:
 
     @torch.no_grad()
     def part(self, parts: Sequence[Part], weights: Sequence[float], **params: Any) -> Part:
-        """One module."""
-        return self.rule(parts, weights, **params)
+        """One module. A sum that overflows is an error, not an infinity in the result."""
+        try:
+            return sound(self.rule(parts, weights, **params))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise RetainError(f"{self.name}: the changes are too large for fp32 ({error})") from None
 
     def weights(self, n: int, given: Sequence[float] | None) -> list[float]:
         """Checked weights, one per adapter."""
@@ -266,6 +269,18 @@ def same_shape(parts: Sequence[Part], path: str, names: Sequence[str]) -> None:
                 raise RetainError(
                     f"{name}: {told} holds {float(bad[0])} ({bad.numel()} of {t.numel()} values)"
                 )
+
+
+def sound(part: Part) -> Part:
+    """The part; an error where its entries, or those of the product of its factors, do not fit fp32."""
+    if isinstance(part, Low):
+        sizes = [float(t.double().norm()) for t in (part.B, part.A)]
+        largest = sizes[0] * sizes[1] if all(map(math.isfinite, sizes)) else math.inf
+    else:
+        largest = float(part.abs().max()) if part.numel() else 0.0
+    if not largest < torch.finfo(torch.float32).max:
+        raise RetainError("the merged values overflow fp32; use smaller weights or a smaller lam")
+    return part
 
 
 def kept(part: Part, ranks: Sequence[int], keep: Keep, rank: int) -> tuple[Part, float]:

@@ -2,13 +2,14 @@
 
     merge_folders(["adapters/iconqa", "adapters/flickr"], "copa", "merged", params={"density": 0.2})
 
-Read are plain LoRA, rsLoRA, per-module ranks and alphas, `lora_bias`, full copies (`modules_to_save`), and
-DoRA where the base model's weights are given. In memory are one module of every adapter and the result. A
-folder is written under a temporary name and renamed when it is whole, so nothing half-written is left.
+Read are plain LoRA, rsLoRA, per-module ranks and alphas, embeddings, `lora_bias`, full copies (`modules_to_save`), and
+DoRA where the base model's weights are given. In memory are one module of every adapter and the result. A folder is
+written under a temporary name and renamed when it is whole, so nothing half-written is left.
 
-Two things differ from merging states: a module's scale (alpha / r) is folded into B first, so that adapters
-of different scales mix (the result has scale 1); and full copies, whose change is not known without the base,
-are averaged: that is base + the mean change, for any merger.
+Two things differ from merging states: a module's scale (alpha / r) is folded into B first, so that adapters of
+different scales mix (the result has scale 1). And a full copy's change is known only where the base is given: then it
+is merged like any other change; without the base copies are averaged by weight (base + the mean change, for any
+merger), and a negative weight is refused.
 """
 
 # O out features, I in features, R rank
@@ -16,30 +17,32 @@ are averaged: that is base + the mean change, for any merger.
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from retain.adapters.peft_format import CONFIG, WEIGHTS, PeftFolder, aliases, supported
-from retain.files import write_json
+from retain.adapters.checkpoint import INDEX, Checkpoint, bare, untied
+from retain.adapters.peft_folder import CONFIG, PREFIX, WEIGHTS, PeftFolder, aliases
+from retain.files import aside, write_json
 from retain.merge.base import Keep, Merger, kept, merger, same_modules, same_shape, where
 from retain.merge.parts import Low, Part, total
 from retain.types import RetainError
 
-_PREFIX = "base_model.model."
 HANDLED = ("use_dora", "lora_bias", "fan_in_fan_out")
 """Kinds of LoRA beyond the plain one that merging can read."""
+
+_OTHER_WEIGHTS = re.compile(
+    r"(pytorch_model|tf_model|flax_model|consolidated|model).*\.(bin|pth|pt|h5|msgpack|safetensors|gguf)(\.index\.json)?"
+)
+"""The base's weights once more, in files that `from_pretrained` does not read: they would be the unmerged ones."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Summary:
     ranks: dict[str, int]
     errors: dict[str, float] = field(default_factory=dict)
     copies: int = 0
+    averaged: bool = False  # full copies: their changes are not known without the base
 
     def text(self) -> str:
         """For the terminal."""
@@ -65,78 +69,42 @@ class Summary:
                 f"truncated: relative error {mean:.3f} on average, {self.errors[worst]:.3f} at {worst}"
             )
         if self.copies:
-            lines.append(f"{self.copies} full copies (modules_to_save) averaged")
+            how = (
+                f"averaged (with --base their changes are merged by {self.merger})"
+                if self.averaged
+                else "merged"
+            )
+            lines.append(f"{self.copies} full copies (modules_to_save) {how}")
         return "; ".join(lines)
 
 
 # -- reading ---------------------------------------------------------------------------------------------
 
 
-class Base:
-    """A Hugging Face checkpoint's weights by module path, read one at a time."""
+def open_all(
+    folders: Sequence[str | Path], *, any_base: bool = False, base: Checkpoint | None = None
+) -> list[PeftFolder]:
+    """Open every adapter and refuse what does not belong together, before a tensor is read.
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.shards = sorted(self.folder.glob("*.safetensors"))
-        if not self.shards or not (self.folder / "config.json").is_file():
-            raise RetainError(
-                f"{folder}: no model folder (config.json and safetensors); name one with --base"
-            )
-        self.files = {}
-        for shard in self.shards:
-            try:
-                file: Any = safe_open(shard, "pt")
-                self.files[shard] = file.__enter__()
-            except SafetensorError as error:
-                raise RetainError(f"{shard}: no whole safetensors file: {error}") from None
-
-    @cached_property
-    def keys(self) -> dict[str, tuple[Path, str]]:
-        """Every name that a weight goes by, to its shard and key there."""
-        return {
-            name: (shard, key)
-            for shard, f in self.files.items()
-            for key in f.keys()  # noqa: SIM118
-            for name in aliases(key)
-        }
-
-    def weight(self, path: str) -> Tensor:
-        """The weight (O, I) of a module in fp32; an error that names it where the base has none."""
-        shard, key = self.place(f"{path}.weight")
-        value: Tensor = self.files[shard].get_tensor(key)
-        if not value.is_floating_point():
-            raise RetainError(f"{self.folder}: {path} is quantised ({value.dtype}); give the full base")
-        return value.float()
-
-    def place(self, name: str) -> tuple[Path, str]:
-        """Shard and key of a tensor by any of its names."""
-        for alias in aliases(name):
-            if alias in self.keys:
-                return self.keys[alias]
-        raise RetainError(f"{self.folder}: no weight {name}: the adapters were made for another base model")
+    Modules go by the base's names where it is given, else by those of the first adapter.
+    """
+    opened = [PeftFolder.open(f, but=HANDLED) for f in folders]
+    _one_base(opened, any_base)
+    if base is not None:
+        opened = [_fitted(a, base) for a in opened]
+    else:
+        known = {name: path for path in opened[0].modules for name in reversed(aliases(path))}
+        known |= {path: path for path in opened[0].modules}
+        opened = [opened[0], *(a.renamed(_found(a, known)) for a in opened[1:])]
+    names = [str(a.folder) for a in opened]
+    same_modules([{_key(path, leaves): 0 for path, leaves in a.modules.items()} for a in opened], names)
+    if len({bool(a.config.get("fan_in_fan_out")) for a in opened}) > 1:
+        raise RetainError(f"{names[1]}: fan_in_fan_out differs from {names[0]}")
+    _own_weights(opened, base)
+    return opened
 
 
-def open_all(folders: Sequence[str | Path], *, any_base: bool = False) -> list[PeftFolder]:
-    """Open every adapter and refuse what does not belong together, before a tensor is read."""
-    opened = [PeftFolder.open(f) for f in folders]
-    for a in opened:
-        supported(a.config, a.folder, but=HANDLED)
-        for path, leaves in a.modules.items():
-            kinds = set(leaves)
-            if not ({"lora_A", "lora_B"} <= kinds <= {"lora_A", "lora_B", "lora_bias", "magnitude"}) and not (
-                kinds <= {"weight", "bias"}
-            ):
-                raise RetainError(
-                    f"{a.folder}: {next(iter(leaves.values()))} is no pair of LoRA factors of a linear layer "
-                    "and no full copy; it cannot be merged"
-                )
-            if "lora_A" in leaves:
-                if len(a.shapes[leaves["lora_A"]]) != 2:
-                    raise RetainError(
-                        f"{a.folder}: {path}: factors of {len(a.shapes[leaves['lora_A']])} dimensions "
-                        "(a convolution); only linear layers can be merged"
-                    )
-                a.scale(path)
+def _one_base(opened: Sequence[PeftFolder], any_base: bool) -> None:
     first = opened[0]
     for a in opened[1:] if not any_base else ():
         for told, mine, theirs in (
@@ -150,35 +118,76 @@ def open_all(folders: Sequence[str | Path], *, any_base: bool = False) -> list[P
                 )
             if told == "fingerprint" and mine and theirs:
                 break  # equal weights, whatever the folders are called
-    names = [str(a.folder) for a in opened]
-    same_modules([{_key(path, leaves): 0 for path, leaves in a.modules.items()} for a in opened], names)
-    if len({bool(a.config.get("fan_in_fan_out")) for a in opened}) > 1:
-        raise RetainError(f"{names[1]}: fan_in_fan_out differs from {names[0]}")
-    return opened
-
-
-def _key(path: str, leaves: Mapping[str, str]) -> str:
-    """A module with its kind, for comparing."""
-    return path if "lora_A" in leaves else f"{path} (a full copy of {', '.join(sorted(leaves))})"
 
 
 def _base_name(a: PeftFolder) -> str:
     return str(a.config.get("base_model_name_or_path") or "").rstrip("/")
 
 
-def change(a: PeftFolder, path: str, base: Base | None) -> Part:
-    """A LoRA module's change of its weight, with the scale in B; dense for DoRA.
+def _found(a: PeftFolder, known: Mapping[str, str]) -> dict[str, str]:
+    """This adapter's paths to those of the first, where only the version of transformers differs."""
+    return {path: next((known[n] for n in aliases(path) if n in known), path) for path in a.modules}
 
-    DoRA (Liu et al. 2024, arXiv 2402.09353): W' = m (W + s B A) / |W + s B A|, the norm of each output row.
+
+def _key(path: str, leaves: Mapping[str, str]) -> str:
+    """A module with its kind, for comparing."""
+    if any(leaf.startswith("lora_embedding") for leaf in leaves):
+        return f"{path} (an embedding)"
+    return path if "lora_A" in leaves else f"{path} (a full copy of {', '.join(sorted(leaves))})"
+
+
+def _fitted(a: PeftFolder, base: Checkpoint) -> PeftFolder:
+    """The adapter with the base's names; a module that the base has not, or of another shape, is named."""
+    paths = [*a.modules, *(path for path, _ in a.own)]
+    try:
+        a = a.renamed({path: base.find(path) for path in dict.fromkeys(paths)})
+    except RetainError as error:
+        raise RetainError(f"{a.folder}: {error}") from None
+    for path in a.modules:
+        pair, module = a.pair(path), base.modules.get(path)
+        if not pair or module is None:
+            continue
+        kinds = (nn.Embedding,) if "lora_embedding_A" in a.modules[path] else (nn.Linear,)
+        if not isinstance(module, kinds) and type(module).__name__ != "Conv1D":
+            raise RetainError(
+                f"{a.folder}: {path} is a {type(module).__name__} in {base.folder}, which has no such factors"
+            )
+        ours = a.shapes[pair[1]][0], a.shapes[pair[0]][1]
+        theirs = tuple(module.state_dict()["weight"].shape)
+        if ours != (theirs[::-1] if base.transposed(path) else theirs):
+            raise RetainError(f"{a.folder}: {path} is {ours}, the base has {theirs}")
+    return a
+
+
+def _own_weights(opened: Sequence[PeftFolder], base: Checkpoint | None) -> None:
+    """Weights of the base that PEFT stored beside factors are the base's, or at least the same in every adapter."""
+    every = dict.fromkeys(name for a in opened for name in a.own)
+    for path, leaf in every:
+        wanted = base.tensor(f"{path}.{leaf}") if base else None
+        for a in opened:
+            if (path, leaf) not in a.own:
+                continue
+            got = a.tensor(a.own[path, leaf])
+            wanted = got if wanted is None else wanted
+            if got.shape != wanted.shape or not torch.equal(got.to(wanted.dtype), wanted):
+                raise RetainError(
+                    f"{a.folder}: {a.own[path, leaf]} holds other weights than "
+                    f"{base.folder if base else opened[0].folder}: resized or trained embeddings cannot be merged"
+                )
+
+
+def change(a: PeftFolder, path: str, base: Checkpoint | None) -> Part:
+    """A module's change of its weight (O, I), with the scale in B; dense for DoRA.
+
+    DoRA (Liu et al. 2024, arXiv 2402.09353): W' = m (W + s B A) / |W + s B A|, the norm of each output row. An
+    embedding is a layer whose inputs are the words: (width, words).
     """
-    leaves, s = a.modules[path], a.scale(path)
-    A, B = a.tensor(leaves["lora_A"]).float(), a.tensor(leaves["lora_B"]).float()
-    if B.ndim != 2 or B.shape[1] != A.shape[0]:
-        raise RetainError(
-            f"{a.folder}: {path}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do not fit"
-        )
-    _finite(a, {leaves["lora_A"]: A, leaves["lora_B"]: B})
+    leaves, s, pair = a.modules[path], a.scale(path), a.pair(path)
+    assert pair, "a full copy has no factors"
+    A, B = a.tensor(pair[0]).float(), a.tensor(pair[1]).float()
     low = Low(B * s if s != 1 else B, A)
+    if not torch.isfinite(low.B).all():
+        raise RetainError(f"{a.folder}: {path}: lora_B times its scale {s:g} is too large for fp32")
     if "magnitude" not in leaves:
         return low
     if base is None:
@@ -188,22 +197,30 @@ def change(a: PeftFolder, path: str, base: Base | None) -> Part:
     W, m = base.weight(path), a.tensor(leaves["magnitude"]).float()
     if W.shape != low.shape or m.numel() != W.shape[0]:
         raise RetainError(f"{a.folder}: {path} is {low.shape}, the base has {tuple(W.shape)}")
-    _finite(a, {leaves["magnitude"]: m})
     tuned = W + low.dense()
     norm_O1: Tensor = torch.linalg.vector_norm(tuned, dim=1, keepdim=True)
+    if not norm_O1.all():
+        raise RetainError(f"{a.folder}: {path}: a row of base + change is zero, which DoRA divides by")
     return m.reshape(-1, 1) / norm_O1 * tuned - W
 
 
-def _finite(a: PeftFolder, tensors: Mapping[str, Tensor]) -> None:
-    for key, t in tensors.items():
-        if not torch.isfinite(t).all():
-            bad = t[~torch.isfinite(t)]
-            raise RetainError(
-                f"{a.folder}: {key} holds {float(bad[0])} ({bad.numel()} of {t.numel()} values)"
-            )
-
-
 # -- merging ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """What is merged at a time: one tensor of all adapters, as changes, or as full copies where those are not known."""
+
+    path: str
+    kind: str  # lora, lora_bias, or the name of a copied parameter (weight, bias)
+    parts: list[Part]
+    ranks: list[int]
+    changes: bool = True
+
+    @property
+    def copied(self) -> bool:
+        """A full copy of the base's parameter, not an addition to it."""
+        return self.kind not in ("lora", "lora_bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,46 +233,57 @@ class Plan:
     params: dict[str, Any]
     keep: Keep
     rank: int
-    base: Base | None
+    base: Checkpoint | None
 
-    def modules(self) -> Iterator[tuple[str, str, Part, float]]:
-        """path, kind (`lora`, `lora_bias`, `weight`, `bias`), the merged tensor, the error of keeping it."""
+    def units(self) -> Iterator[Unit]:
+        """Everything that there is to merge, read one after the other."""
         names = [str(a.folder) for a in self.adapters]
-        params = self.merger.surveyed(self.params, self._changes)
         for path, leaves in self.adapters[0].modules.items():
-            if "lora_A" in leaves:
+            if self.adapters[0].pair(path):
                 parts = [change(a, path, self.base) for a in self.adapters]
                 same_shape(parts, path, names)
-                ranks = [a.rank(path) for a in self.adapters]
-                with where(path):
-                    merged = self.merger.part(parts, self.weights, **params)
-                    del parts
-                    yield path, "lora", *kept(merged, ranks, self.keep, self.rank)
+                yield Unit(path, "lora", parts, [a.rank(path) for a in self.adapters])
+                del parts
                 if any("lora_bias" in a.modules[path] for a in self.adapters):
-                    biases = [_bias(a, path) for a in self.adapters]
+                    biases: list[Part] = [_bias(a, path) for a in self.adapters]
                     same_shape(biases, path, names)
-                    with where(path):
-                        yield path, "lora_bias", self.merger.part(biases, self.weights, **params), 0.0
+                    yield Unit(path, "lora_bias", biases, [])
                 continue
             for leaf in leaves:
-                full = []
-                for a in self.adapters:
-                    full.append(a.tensor(a.modules[path][leaf]).float())
-                    _finite(a, {a.modules[path][leaf]: full[-1]})
+                full: list[Part] = [a.tensor(a.modules[path][leaf]).float() for a in self.adapters]
                 same_shape(full, f"{path}.{leaf}", names)
-                share = sum(self.weights)
-                if share <= 0:
-                    raise RetainError(f"{path}: full copies are averaged: the weights need a positive sum")
-                yield path, leaf, total(full, [w / share for w in self.weights]), 0.0
+                if self.base is not None:
+                    W = self.base.tensor(f"{path}.{leaf}").float()
+                    same_shape([*full, W], f"{path}.{leaf}", [*names, str(self.base.folder)])
+                    full = [t - W for t in full if isinstance(t, Tensor)]
+                yield Unit(path, leaf, full, [], changes=self.base is not None)
 
-    def _changes(self) -> Iterator[list[Part]]:
-        """The LoRA modules of all adapters, one after another: read once more where a merger looks at all first."""
-        names = [str(a.folder) for a in self.adapters]
-        for path, leaves in self.adapters[0].modules.items():
-            if "lora_A" in leaves:
-                parts = [change(a, path, self.base) for a in self.adapters]
-                same_shape(parts, path, names)
-                yield parts
+    def modules(self) -> Iterator[tuple[str, str, Part, float]]:
+        """path, kind (`lora`, `lora_bias`, `weight`, `bias`), the merged tensor, the error of keeping it.
+
+        A full copy is its merged change where the base is given, else the averaged copy.
+        """
+        params = self.params if "borders" in self.params else self.surveyed().params
+        for unit in self.units():
+            with where(unit.path):
+                merged = (
+                    self.merger.part(unit.parts, self.weights, **params) if unit.changes else self._mean(unit)
+                )
+                yield unit.path, unit.kind, *kept(merged, unit.ranks, self.keep, self.rank)
+
+    def _mean(self, unit: Unit) -> Part:
+        share = sum(self.weights)
+        if min(self.weights) < 0 or share <= 0:
+            raise RetainError(
+                f"{unit.path}: full copies with the weights {self.weights}: their changes are not known without the "
+                "base; name it with --base DIR"
+            )
+        return total(unit.parts, [w / share for w in self.weights])
+
+    def surveyed(self) -> Plan:
+        """The same plan with what must be known of all changes before the first is merged."""
+        params = self.merger.surveyed(self.params, lambda: (u.parts for u in self.units() if u.changes))
+        return replace(self, params=params)
 
 
 def _bias(a: PeftFolder, path: str) -> Tensor:
@@ -263,9 +291,7 @@ def _bias(a: PeftFolder, path: str) -> Tensor:
     leaves = a.modules[path]
     if "lora_bias" not in leaves:
         return torch.zeros(a.shapes[leaves["lora_B"]][0])
-    value = a.tensor(leaves["lora_bias"]).float() * a.scale(path)
-    _finite(a, {leaves["lora_bias"]: value})
-    return value
+    return a.tensor(leaves["lora_bias"]).float() * a.scale(path)
 
 
 def plan(
@@ -283,8 +309,9 @@ def plan(
     of, params = merger(method), dict(params or {})
     of.check(params)
     w = of.weights(len(folders), weights)
-    adapters = open_all(folders, any_base=any_base)
-    return Plan(adapters, of, w, params, keep or of.keep, rank, Base(base) if base else None)
+    opened = Checkpoint(base) if base else None
+    adapters = open_all(folders, any_base=any_base, base=opened)
+    return Plan(adapters, of, w, params, keep or of.keep, rank, opened)
 
 
 def merge_folders(folders: Sequence[str | Path], method: str, to: str | Path, **how: Any) -> Summary:
@@ -299,6 +326,7 @@ def merge_folders(folders: Sequence[str | Path], method: str, to: str | Path, **
             "keep: a PEFT adapter has no dense form; use cat or svd, or write a checkpoint (--merged)"
         )
     first = made.adapters[0]
+    saved = _saved(made)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     errors: dict[str, float] = {}
@@ -309,16 +337,28 @@ def merge_folders(folders: Sequence[str | Path], method: str, to: str | Path, **
             if kind == "lora":
                 assert isinstance(merged, Low)
                 ranks[path], errors[path] = merged.rank, error
-                tensors[f"{_PREFIX}{path}.lora_A.weight"] = _cast(merged.A, dtype, path)
-                tensors[f"{_PREFIX}{path}.lora_B.weight"] = _cast(merged.B, dtype, path)
+                for key, factor in zip(_factor_keys(first, path), (merged.A, merged.B)):
+                    tensors[f"{PREFIX}{key}"] = _cast(factor, dtype, path)
             else:
                 assert isinstance(merged, Tensor)
+                if kind != "lora_bias" and made.base is not None:
+                    merged = merged + made.base.tensor(f"{path}.{kind}").float()
                 leaf = "lora_B.bias" if kind == "lora_bias" else kind
-                tensors[f"{_PREFIX}{path}.{leaf}"] = _cast(merged, dtype, path)
+                tensors[f"{PREFIX}{path}.{leaf}"] = _cast(merged, dtype, path)
                 copies += kind != "lora_bias"
+        for (path, leaf), key in first.own.items():
+            inner = f"{path}.base_layer.{leaf}" if path in ranks else f"{path}.{leaf}"
+            tensors[f"{PREFIX}{inner}"] = first.tensor(key)
         save_file(tensors, part / WEIGHTS, {"format": "pt", "retain_base": first.base})
-        write_json(part / CONFIG, _config(made, ranks))
-    return Summary(Path(to), made.merger.name, ranks, errors, copies)
+        write_json(part / CONFIG, _config(made, ranks, saved))
+    return Summary(Path(to), made.merger.name, ranks, errors, copies, made.base is None)
+
+
+def _factor_keys(a: PeftFolder, path: str) -> tuple[str, str]:
+    """How stock PEFT names a module's factors."""
+    if "lora_embedding_A" in a.modules[path]:
+        return f"{path}.lora_embedding_A", f"{path}.lora_embedding_B"
+    return f"{path}.lora_A.weight", f"{path}.lora_B.weight"
 
 
 def _cast(t: Tensor, dtype: torch.dtype, path: str) -> Tensor:
@@ -329,18 +369,52 @@ def _cast(t: Tensor, dtype: torch.dtype, path: str) -> Tensor:
 
 
 def _dtype(adapters: Sequence[PeftFolder], path: str) -> torch.dtype:
-    kinds = {a.tensor(next(iter(a.modules[path].values()))).dtype for a in adapters}
+    kinds = {a.types[key] for a in adapters for key in a.modules[path].values()}
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
-def _config(made: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
+def _saved(made: Plan) -> list[str]:
+    """What `modules_to_save` must name, so that stock PEFT finds every full copy under its name in the model."""
+    first = made.adapters[0]
+    copies = {f"{p}.{leaf}" for p, leaves in first.modules.items() if not first.pair(p) for leaf in leaves}
+    entries = list(first.config.get("modules_to_save") or [])
+    if any(f.name != WEIGHTS for f in first.files.values()):
+        entries.append("multi_modal_projector")
+    entries = list(dict.fromkeys(entries))
+    if made.base is None or made.base.model is None:
+        old = next((c for c in copies if len(aliases(c)) > 1 and not c.startswith("model.")), None)
+        if old and made.base is None:
+            raise RetainError(
+                f"{first.folder}: {old} is a full copy under the name that transformers 4 gave it, where PEFT does "
+                "not find it any more; name the base model with --base DIR"
+            )
+        return entries
+    modules = made.base.modules
+    entries = [e if any(m.endswith(e) for m in modules if m) else made.base.find(e) for e in entries]
+    held = {
+        f"{m}.{n}"
+        for m, of in modules.items()
+        for n in of.state_dict()
+        if m and any(m.endswith(e) for e in entries)
+    }
+    if held != copies:
+        lacking, extra = sorted(held - copies), sorted(copies - held)
+        told = (
+            f"{lacking[0]} is missing"
+            if lacking
+            else f"{extra[0]} is in no such module of {made.base.folder}"
+        )
+        raise RetainError(f"{first.folder}: modules_to_save {entries}: {told}")
+    return entries
+
+
+def _config(made: Plan, ranks: Mapping[str, int], saved: Sequence[str]) -> dict[str, Any]:
     configs = [a.config for a in made.adapters]
     common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    other = {path: r for path, r in ranks.items() if r != common}
-    targets = {
-        json.dumps(sorted(t) if isinstance(t := c.get("target_modules"), list) else t) for c in configs
-    }
-    return {
+    known = made.base is not None and made.base.model is not None
+    names = {path: [path] if known else aliases(path) for path in ranks}
+    other = {"|".join(f"^{n}" for n in names[path]): r for path, r in ranks.items() if r != common}
+    config = {
         **configs[0],
         "r": common,
         "lora_alpha": common,
@@ -351,8 +425,15 @@ def _config(made: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
         "lora_bias": any(c.get("lora_bias") for c in configs),
-        "target_modules": configs[0].get("target_modules") if len(targets) == 1 else sorted(ranks),
+        "modules_to_save": list(saved) or None,
     }
+    if known or any(len(n) > 1 for n in names.values()):
+        # name every module: the config's own words may be names that transformers 4 used
+        config["target_modules"] = sorted({n for given in names.values() for n in given})
+        config |= {
+            k: None for k in ("layers_to_transform", "layers_pattern", "exclude_modules") if k in config
+        }
+    return config
 
 
 # -- into the base ---------------------------------------------------------------------------------------
@@ -363,49 +444,105 @@ def merge_checkpoint(
 ) -> Summary:
     """Merge PEFT folders into the base model's weights: a plain Hugging Face checkpoint, shard by shard.
 
-    Exact unless `keep="svd"` is asked for. Sums are fp32 and rounded once to the base's type. Every other
-    file of the base is copied.
+    Exact unless `keep="svd"` is asked for. Sums are fp32 and rounded once to the base's type. Where embeddings and
+    head share a weight and only one of them changes, each gets its own. Every other file of the base is copied.
     """
     made = plan(folders, method, base=base, **{**how, "keep": how.get("keep") or "dense"})
-    assert made.base is not None
-    transpose = bool(made.adapters[0].config.get("fan_in_fan_out"))
-    targets = _targets(made, made.base)
+    whole = made.base
+    assert whole is not None
+    _saved(made)
+    made, targets = made.surveyed(), _targets(made)
+    apart = _apart(whole, set(targets.values()))
+    lone = {name: whole.place(name) for name in apart if name not in whole.keys}
     errors: dict[str, float] = {}
     copies = 0
     with aside(to) as part:
-        _copy_rest(made.base, part)
-        for shard, f in made.base.files.items():
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-            todo = {what: key for what, (place, key) in targets.items() if place == shard}
+        _copy_rest(whole, part)
+        for shard, f in whole.files.items():
+            stored = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+            tensors = stored | {
+                new: stored[key].clone() for new, (place, key) in lone.items() if place == shard
+            }
+            todo = {what: name for what, name in targets.items() if whole.place(name)[0] == shard}
             for path, kind, merged, error in _some(made, {path for path, _ in todo}).modules():
-                key = todo.get((path, kind), "")
-                if not key:
+                name = todo.get((path, kind), "")
+                if not name:
                     continue  # a bias and its weight may lie in two shards
+                key = whole.place(name)[1]
                 delta = merged.dense() if isinstance(merged, Low) else merged
-                delta = delta.T if transpose and kind == "lora" else delta
-                W, copied = tensors[key], kind in ("weight", "bias")
-                if W.shape != delta.shape or not W.is_floating_point():
-                    told = f"{tuple(W.shape)} {W.dtype}"
-                    raise RetainError(f"{key}: the base has {told}, the adapters {tuple(delta.shape)}")
-                tensors[key] = _cast(delta if copied else W.float() + delta, W.dtype, key)
-                copies += copied
+                delta = delta.T if kind == "lora" and _turned(made, path) else delta
+                tensors[name if name in lone else key] = _added(stored[key], delta, key)
+                copies += kind not in ("lora", "lora_bias")
                 if kind == "lora":
                     errors[path] = error
             save_file(tensors, part / shard.name, f.metadata() or {"format": "pt"})
+        if apart:
+            _untie(whole, part, lone)
     return Summary(Path(to), made.merger.name, dict.fromkeys(errors, 0), errors, copies)
 
 
-def _targets(made: Plan, base: Base) -> dict[tuple[str, str], tuple[Path, str]]:
-    """(path, kind) of everything that is merged to its shard and key in the base."""
-    out: dict[tuple[str, str], tuple[Path, str]] = {}
+def _added(W: Tensor, delta: Tensor, key: str) -> Tensor:
+    """Base plus change, summed in fp32 (or the base's type, if it is wider) and rounded once."""
+    if W.shape != delta.shape:
+        raise RetainError(f"{key}: the base has {tuple(W.shape)}, the adapters {tuple(delta.shape)}")
+    return _cast(W.to(torch.promote_types(W.dtype, torch.float32)) + delta, W.dtype, key)
+
+
+def _turned(made: Plan, path: str) -> bool:
+    """Whether the base stores this module's weight as (in, out)."""
+    assert made.base is not None
+    first = made.adapters[0]
+    if made.base.model is not None:
+        return made.base.transposed(path)
+    return "lora_embedding_A" in first.modules[path] or bool(first.config.get("fan_in_fan_out"))
+
+
+def _targets(made: Plan) -> dict[tuple[str, str], str]:
+    """(path, kind) of everything that is merged to the base's parameter; every one is there and can be added to."""
+    assert made.base is not None
+    out: dict[tuple[str, str], str] = {}
     for path, leaves in made.adapters[0].modules.items():
-        if "lora_A" not in leaves:
-            out |= {(path, leaf): base.place(f"{path}.{leaf}") for leaf in leaves}
+        if not made.adapters[0].pair(path):
+            out |= {(path, leaf): f"{path}.{leaf}" for leaf in leaves}
             continue
-        out[path, "lora"] = base.place(f"{path}.weight")
+        out[path, "lora"] = f"{path}.weight"
         if any("lora_bias" in a.modules[path] for a in made.adapters):
-            out[path, "lora_bias"] = base.place(f"{path}.bias")
+            out[path, "lora_bias"] = f"{path}.bias"
+    for name in out.values():
+        made.base.tensor(name)
     return out
+
+
+def _apart(base: Checkpoint, changed: set[str]) -> list[str]:
+    """Parameters that share a weight in the base of which one changes, so that each needs a weight of its own."""
+    if (
+        base.model is None
+        and base.says_tied
+        and any(re.search(r"(embed_tokens|lm_head)\.", n) for n in changed)
+    ):
+        raise RetainError(
+            f"{base.folder}: embeddings and head share a weight, in a model class that transformers does not have; "
+            "they cannot be changed apart (merge into an adapter instead, without --merged)"
+        )
+    return [name for pair in base.tied.items() if set(pair) & changed for name in pair]
+
+
+def _untie(base: Checkpoint, part: Path, lone: Mapping[str, tuple[Path, str]]) -> None:
+    """Say in the written folder that embeddings and head have a weight each, and where the new ones are."""
+    config = untied(base.config)
+    model = bare(config)
+    if model is None or model.all_tied_weights_keys:
+        raise RetainError(
+            f"{base.folder}: {type(model).__name__} cannot be written with {[*lone]} of their own"
+        )
+    write_json(part / "config.json", config)
+    if (part / INDEX).is_file():
+        index = json.loads((part / INDEX).read_text(encoding="utf-8"))
+        index["weight_map"] |= {name: shard.name for name, (shard, _) in lone.items()}
+        size = sum(base.tensor(name).numel() * base.tensor(name).element_size() for name in lone)
+        if "total_size" in index.get("metadata", {}):
+            index["metadata"]["total_size"] += size
+        write_json(part / INDEX, index)
 
 
 def _some(made: Plan, paths: set[str]) -> Plan:
@@ -417,29 +554,13 @@ def _some(made: Plan, paths: set[str]) -> Plan:
     return replace(made, adapters=chosen)
 
 
-def _copy_rest(base: Base, part: Path) -> None:
-    for item in base.folder.iterdir():
-        if item in base.shards or item.name.startswith("."):
+def _copy_rest(base: Checkpoint, part: Path) -> None:
+    """Everything but the weights, with the user's own permissions."""
+    for item in sorted(base.folder.iterdir()):
+        stale = _OTHER_WEIGHTS.fullmatch(item.name) and item.name != INDEX
+        if item in base.shards or item.name.startswith(".") or stale:
             continue
         if item.is_dir():
-            shutil.copytree(item, part / item.name)
+            shutil.copytree(item, part / item.name, copy_function=shutil.copyfile)
         else:
-            shutil.copy2(item, part / item.name)
-
-
-@contextmanager
-def aside(to: str | Path) -> Iterator[Path]:
-    """A folder that appears under its name only when it is whole; after an error nothing is left."""
-    to = Path(to)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise RetainError(f"{to} exists and is not empty; choose another folder with --to")
-    part = to.parent / f".{to.name}.part-{os.getpid()}"
-    part.mkdir(parents=True)
-    try:
-        yield part
-        if to.is_dir():
-            to.rmdir()
-        part.rename(to)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+            shutil.copyfile(item, part / item.name)

@@ -261,11 +261,14 @@ def pcb(
 ) -> Part:
     """PCB-Merging (Du et al., NeurIPS 2024), as released:
 
-        intra = exp(N unit(|tau_n| clipped to its [clip, 1 - clip] quantiles)^2),  inter = tanh(tau_n sum_m tau_m)
+        c_n   = tau_n with |tau_n| clipped to its [clip, 1 - clip] quantiles
+        intra = exp(N unit(|c_n|)^2),  inter = tanh(tau_n sum_m tau_m)
         s_n   = unit(intra inter, floored at its (1 - ratio) quantile)
-        tau   = lam sum_n w_n s_n tau_n / sum_n s_n
+        tau   = lam sum_n w_n s_n c_n / sum_n s_n
 
-    Differs: per module, the release flattens the whole model. The paper writes softmax instead (not
+    Clipped vectors are summed and sized up, agreement is asked of those that are not; the upper quantile is the
+    release's, one entry lower than the lower one's mirror. Differs: per module, the release flattens the whole
+    model; a constant vector has unit 0, where the release divides 0 by 0. The paper writes softmax instead (not
     verified). tanh makes it depend on the scale of the changes.
     """
 
@@ -273,18 +276,25 @@ def pcb(
         together = sum(taus[1:], taus[0].clone())
         top, below = torch.zeros_like(together), torch.zeros_like(together)
         for tau, weight in zip(taus, w):
-            s = _competition(tau, together, len(taus), ratio, clip)
-            top.addcmul_(tau, s, value=weight)
+            clipped = _clipped(tau, clip)
+            s = _competition(clipped.abs(), tau * together, len(taus), ratio)
+            top.addcmul_(clipped, s, value=weight)
             below += s
         return top.div_(below.clamp_(min=1e-12))
 
     return scaled(in_space(parts, weights, space, balance), lam)
 
 
-def _competition(tau: Tensor, together: Tensor, N: int, ratio: float, clip: float) -> Tensor:
+def _clipped(tau: Tensor, clip: float) -> Tensor:
+    """The sizes of entries clipped to their quantiles, signs kept."""
     size, n = tau.abs(), tau.numel()
-    low, high = (nth_smallest(size, min(n - 1, int(q * n))) for q in (clip, 1 - clip))
-    s = _unit(size.clamp_(low, high)).square_().mul_(N).exp_().mul_((tau * together).tanh_())
+    low, high = (nth_smallest(size, max(0, int(i))) for i in (clip * n, (1 - clip) * n - 1))
+    return size.clamp_(low, high).mul_(tau.sign())
+
+
+def _competition(size: Tensor, agreement: Tensor, N: int, ratio: float) -> Tensor:
+    n = size.numel()
+    s = _unit(size).square_().mul_(N).exp_().mul_(agreement.tanh_())
     return _unit(s.clamp_(min=nth_smallest(s, min(n - 1, int((1 - ratio) * n)))))
 
 
@@ -372,6 +382,8 @@ def fisher(
     `fishers` are states like the adapters', one each: of the factors (then A and B are averaged on their own)
     or, as `path.weight`, of the dense change. Where every F is 0 it is the mean by weights.
     """
+    if len(fishers) != len(parts):
+        raise RetainError(f"fisher: {len(fishers)} Fishers for {len(parts)} adapters")
     if all(isinstance(f, Low) for f in fishers) and all(isinstance(p, Low) for p in parts):
         A = _precise([p.A for p in parts], weights, [f.A for f in fishers])  # type: ignore[union-attr]
         return Low(_precise([p.B for p in parts], weights, [f.B for f in fishers]) * lam, A)  # type: ignore[union-attr]
@@ -379,6 +391,15 @@ def fisher(
 
 
 def _precise(thetas: Sequence[Tensor], weights: Sequence[float], F: Sequence[Tensor]) -> Tensor:
+    for what, ts in (("change", thetas), ("Fisher", F)):
+        for n, t in enumerate(ts, 1):
+            if t.shape != thetas[0].shape:
+                raise RetainError(
+                    f"fisher: the {what} of adapter {n} is {tuple(t.shape)}, the first change {tuple(thetas[0].shape)}; "
+                    "factors must have one rank (or give Fishers of the dense change, as path.weight)"
+                )
+            if not torch.isfinite(t).all():
+                raise RetainError(f"fisher: the {what} of adapter {n} holds values that are not finite")
     top, below, plain = (torch.zeros_like(thetas[0]) for _ in range(3))
     for theta, w, f in zip(thetas, weights, F):
         top += w * f * theta

@@ -192,7 +192,7 @@ def chunks(parts: Mapping[str, Part], rank: int) -> list[dict[str, Tensor]]:
     """A state of any ranks as several states of exactly `rank`, whose sum it is.
 
     A bank has one rank; the mix of these adapters with weight 1 each is the whole. Dense parts go with the
-    first, the others carry zeros.
+    first alone.
     """
     K = max([-(-p.rank // rank) for p in parts.values() if isinstance(p, Low)] or [1])
     out: list[dict[str, Tensor]] = []
@@ -208,7 +208,7 @@ def chunks(parts: Mapping[str, Part], rank: int) -> list[dict[str, Tensor]]:
                 state[f"{path}.lora_B"] = (
                     torch.cat([B, B.new_zeros(B.shape[0], lack)], 1) if lack else B.contiguous()
                 )
-            else:
-                state[path] = p if i == 0 else torch.zeros_like(p)
+            elif i == 0:
+                state[path] = p
         out.append(state)
     return out

@@ -8,10 +8,14 @@ tuning and inputs X on the target task:
     score = w z(salience) + (1 - w) z(sensitivity),   z per row in a block of columns; the lowest share is reset
     column by column:  e = (w_j - q_j) / U_jj,   W_:k <- W_:k - e U_jk  for the columns k after j
 
+Salience (and "obs") look at what tuning changed, W1 - W0, also in blocks whose weights compensation has moved by
+then; "code" looks at the weights as they are when their block comes. Both as released.
+
 q_j is the column with its reset entries at W0, so those end exactly there, and the others take over what was lost.
 Optimal brain surgeon theory (and SparseGPT) subtract; the released code adds (`sign=+1`), which in our tests is
 worse than no compensation. The released sensitivity is "code"; "obs" is the paper's derivation as we know it,
-unverified.
+unverified. Of a block of n entries the release resets int(sparsity n) + 1 and those equal to the last of them, here
+round(sparsity n), so that 0 is off.
 """
 
 # O out features, I in features, N samples
@@ -62,9 +66,10 @@ def patched(
     if sensitivity not in ("obs", "code"):
         raise RetainError(f"model_tailor.sensitivity: {sensitivity!r} is none of ['obs', 'code']")
     U, old, W = factor(H_II, damp), W0.float(), W1.float().clone()
+    moved = (W - old).abs()  # before any compensation, as released
     for start in range(0, W.shape[1], block):
         end = min(start + block, W.shape[1])
-        keep = _kept(W[:, start:end], old[:, start:end], U.diagonal()[start:end], sparsity, sensitivity, w)
+        keep = _kept(moved[:, start:end], W[:, start:end], U.diagonal()[start:end], sparsity, sensitivity, w)
         for j in range(start, end):
             back = torch.where(keep[:, j - start], W[:, j], old[:, j])
             if decorate:
@@ -90,9 +95,8 @@ def factor(H_II: Tensor, damp: float) -> Tensor:
     return U_II
 
 
-def _kept(W: Tensor, old: Tensor, u: Tensor, sparsity: float, sensitivity: str, w: float) -> Tensor:
+def _kept(moved: Tensor, W: Tensor, u: Tensor, sparsity: float, sensitivity: str, w: float) -> Tensor:
     """Which entries of a block stay: all but the `sparsity` share with the lowest score."""
-    moved = (W - old).abs()
     felt = moved**2 / (2 * u**2) if sensitivity == "obs" else W**2 / u**2
     score = w * _z(moved) + (1 - w) * _z(felt)
     reset = round(sparsity * W.numel())

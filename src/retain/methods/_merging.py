@@ -63,7 +63,7 @@ def store(bank: AdapterBank, prefix: str, parts: Mapping[str, Part], rng: Genera
     for old in [n for n in bank.names if n.startswith(f"{prefix}-")]:
         bank.remove(old)
     for name, piece in zip(names, pieces):
-        bank.add(name, rng)
+        bank.add(name, rng, paths={key.rpartition(".")[0] for key in piece})
         load_changes(bank, name, piece)
     return names
 

@@ -10,7 +10,7 @@ the second moments of the layer's inputs on `samples` training samples of the ta
 A patched change has full rank. The LoRA stays as it was trained, and the correction C is stored beside it as frozen
 adapters `patch-1`, `patch-2`, …: exactly (C = C I, factors without rounding), or, with `rank` above 0, truncated
 (error logged). The next task goes on from base + B A + C. The projector is patched in place, its bias as one more
-column whose input is 1.
+column whose input is 1, so the patches have no tensors there.
 
 Inputs are those of single samples, so that no padding is among them; H is fp32. Blocks (decoder layers, layers of
 the projector) are patched in the model's order, and the inputs of a block are read again through the patched ones
@@ -119,14 +119,13 @@ class ModelTailor(Method):
             for path in paths:
                 low = path in new  # else a layer of the projector
                 D0, D1 = _change(old, path), _change(new, path)
-                C = sum((_change(s, path) for s in stored), torch.zeros_like(D1))
+                C = sum((_change(s, path) for s in stored if low), torch.zeros_like(D1))
                 step = self._step(bank.sites[path], D0 + C, D1 + C, H.get(path), projector=not low)
                 if low:
                     parts[path], errors[path] = self._kept(C + step)
                     step = dense(parts[path]) - C
                 else:
-                    for key, tensor in _named(path, D1 + step, new).items():
-                        projector[key], parts[key] = tensor, torch.zeros_like(tensor)
+                    projector |= _named(path, D1 + step, new)
                 steps[path] = step
         bank.load(OWN, {**bank.state(OWN), **projector})
         bank.mix = Mix({OWN: 1.0})  # or an older patch could not be replaced

@@ -310,7 +310,10 @@ class Row:
         states = {name: load_tensors(file) for name, file in files.items()}  # all, before anything is changed
         empty(bank)
         for name, state in states.items():
-            bank.add(name, torch.Generator())  # a generator of its own: what it draws is overwritten
+            paths = {key.rpartition(".")[0] for key in state}
+            bank.add(
+                name, torch.Generator(), paths=paths
+            )  # a generator of its own: what it draws is overwritten
             bank.load(name, state)
         bank.mix = Mix.from_json(head["mix"])
         if method is not None:

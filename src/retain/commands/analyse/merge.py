@@ -23,7 +23,7 @@ from statistics import fmean
 
 from retain import config
 from retain.adapters.lora import LoraLinear
-from retain.adapters.peft_format import CONFIG
+from retain.adapters.peft_folder import CONFIG
 from retain.assemble import build_model
 from retain.files import write_json, write_text
 from retain.merge.folders import change, open_all
