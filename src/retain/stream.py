@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from retain.types import Example, Examples, RetainError, digest
 
@@ -20,6 +20,19 @@ class Score(Protocol):
     formula: str
 
     def __call__(self, predictions: Sequence[str], examples: Sequence[Example]) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """What keeps a scorer from judging an example as it is meant. `row` counts from 0; None: all of them.
+
+    A scorer that can tell has a method `doubts(examples)`, which the doctor asks.
+    """
+
+    level: Literal["error", "warning"]
+    row: int | None
+    field: str
+    message: str
 
 
 @dataclass(frozen=True, eq=False)
