@@ -173,8 +173,28 @@ BAD_ROWS: dict[str, tuple[Any, list[str]]] = {
     ),
     "id": ({**GOOD, "id": [1]}, ["'id'", "[1]"]),
     "box": ({"text": "x", "answer": "y", "answer_bbox": "[1,2]"}, ["answer_bbox", "4 numbers", "[1,2]"]),
+    "box of nan": ({"text": "x", "answer": "y", "answer_bbox": "[1,2,3,NaN]"}, ["answer_bbox", "4 numbers"]),
     "box text": ({"text": "x", "answer": "y", "answer_bbox": "here"}, ["answer_bbox", "broken JSON"]),
     "options": ({"text": "x", "answer": "y", "options": 3}, ["options", "3"]),
+    "tolerance": ({"text": "x", "answer": "5", "tolerance": "wide"}, ["'tolerance'", "0 or more", "'wide'"]),
+    "relative tolerance": (
+        {"text": "x", "answer": "5", "meta": {"relative_tolerance": -1}},
+        ["relative_tolerance", "-1"],
+    ),
+    "box in meta": ({"text": "x", "answer": "y", "meta": {"box": [1, 2]}}, ["answer_bbox", "4 numbers"]),
+    "nan": ({"text": "x", "answer": float("nan")}, ["field 'answer'", "nan or infinity"]),
+    "infinity": (
+        {"text": "x", "answer": "y", "meta": {"a": [1, float("-inf")]}},
+        ["field 'meta.a[1]'", "nan or infinity"],
+    ),
+    "nan among references": (
+        {"text": "x", "answer": ["y", float("nan")]},
+        ["field 'answer[1]'", "nan or infinity"],
+    ),
+    "nan in a field that nobody reads": (
+        {"text": "x", "answer": "y", "extra": float("nan")},
+        ["field 'extra'"],
+    ),
     "surrogate": ({"text": "x\ud800", "answer": "y"}, ["'text'", "character 2"]),
     "null byte": ({"text": "x\0", "answer": "y"}, ["'text'", "character 2"]),
     "image missing": ({**GOOD, "image": "nope.png"}, ["'image'", "'nope.png'", "no such image"]),
@@ -199,6 +219,32 @@ def test_a_bad_row_is_named(root: Path, case: str) -> None:
         read.examples(root / "d.json")
     for word in [str(root / "d.json"), "row 2", *words]:
         assert word in str(caught.value), f"{word!r} is missing in: {caught.value}"
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_nan_in_a_line_of_json_is_an_error_and_never_a_text(root: Path, word: str) -> None:
+    row = '{"text": "x", "answer": WORD}'.replace("WORD", word)
+    for name, text in (
+        ("d.jsonl", f'{{"text": "x", "answer": "y"}}\n{row}\n'),
+        ("d.json", f'[{{"text": "x", "answer": "y"}}, {row}]'),
+    ):
+        with pytest.raises(RetainError, match=rf"{name}, row 2, field 'answer': nan or infinity is no value"):
+            read.examples(_write(root / name, text))
+    assert (
+        read.examples(_write(root / "t.jsonl", '{"text": "x", "answer": "nan"}'))[0].answer == "nan"
+    )  # a word
+
+
+def test_nan_in_parquet_is_an_error(root: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["x", "x"], "answer": [1.5, float("nan")]}), root / "d.parquet")
+    with pytest.raises(RetainError, match=r"d\.parquet, row 2, field 'answer': nan or infinity"):
+        read.examples(root / "d.parquet")
+    pq.write_table(pa.table({"text": ["x"], "answer": ["1"], "score": [float("inf")]}), root / "d.parquet")
+    with pytest.raises(RetainError, match=r"row 1, field 'score'"):
+        read.examples(root / "d.parquet")
 
 
 def test_a_huge_image_is_refused_by_its_header(root: Path) -> None:

@@ -11,6 +11,9 @@ from typing import Literal, Protocol, runtime_checkable
 
 from retain.types import Example, Examples, RetainError, digest
 
+PLAIN = (str, int, float, bool, list, tuple, dict, set, frozenset, type(None))
+"""Values of a scorer's own attributes that count as its parameters."""
+
 
 @runtime_checkable
 class Score(Protocol):
@@ -50,8 +53,23 @@ class Task:
     meta: dict[str, object] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """Hash of everything that decides a score: train and test examples, scorer, length."""
+        """Hash of everything that decides a score: the data, all that a scorer reads of a test example (references,
+        box, options, tolerance, …), and both scorers with their rules and parameters.
+        """
+        key = [[list(e.targets), dict(e.meta)] for e in self.test]
+        return digest([self.data_digest(), key, _scorer(self.score), _scorer(self.compat)])
+
+    def data_digest(self) -> str:
+        """Hash of what the answers depend on: train and test examples, length, and the scorer's name."""
         return digest([self.name, list(self.train), list(self.test), self.score.name, self.max_new_tokens])
+
+
+def _scorer(score: Score | None) -> list[object]:
+    """A scorer as plain data: its name, its rule, and its parameters."""
+    if score is None:
+        return []
+    plain = {k: v for k, v in getattr(score, "__dict__", {}).items() if isinstance(v, PLAIN)}
+    return [score.name, score.formula, plain]
 
 
 @dataclass(frozen=True)
