@@ -126,21 +126,24 @@ def explain(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Check a stream's data: images, ids, empty answers, duplicates, leakage, answers given away."""
+    """Check a stream's data: images, ids, duplicates, leakage, what the references themselves score, lengths."""
     from retain import config
-    from retain.assemble import build_stream
-    from retain.data.doctor import diagnose, finding_rows
+    from retain.commands import doctor as of_data
+    from retain.data.doctor import finding_rows
     from retain.metrics import render
 
-    overrides = [*(overrides or []), "eval.split=test"]  # every split as it is
-    stream = build_stream(config.load(recipe, overrides))
-    findings = diagnose(stream)
-    if findings:
-        render.show(finding_rows(findings))
-    errors = sum(f.level == "error" for f in findings)
-    tasks, rows = len(stream.all), sum(len(t.train) + len(t.valid) + len(t.test) for t in stream.all)
-    typer.echo(f"{rows} rows of {tasks} tasks: {errors} errors, {len(findings) - errors} warnings")
-    raise typer.Exit(1 if errors else 0)
+    made = of_data.report(
+        config.load(recipe, [*(overrides or []), "eval.split=test"])
+    )  # every split as it is
+    render.show(of_data.task_rows(made), "tasks: answers, and what scores without looking")
+    if made.without_model:
+        typer.echo(f"no model to ask, so nothing is said of tokens: {made.without_model}")
+    else:
+        render.show(of_data.token_rows(made), "tokens: median and largest")
+    if made.found.findings:
+        render.show(finding_rows(made.found.findings), "findings")
+    typer.echo(made.summary)
+    raise typer.Exit(1 if made.errors else 0)
 
 
 @app.command()
