@@ -89,7 +89,12 @@ def test_doctor_ends_with_1_where_it_finds_errors(tmp_path: Path) -> None:
     import own_data
 
     recipe = own_data.shop(tmp_path, tmp_path / "no-model-needed")
-    assert call("doctor", recipe).exit_code == 0
+    healthy = call("doctor", recipe)
+    assert (
+        healthy.exit_code == 0
+        and "no model to ask, so nothing is said of tokens: model: no directory" in healthy.output
+    )
+    assert "8 / 0 / 3" in healthy.output and "33.3 (always 'red')" in healthy.output
     import shutil
 
     shutil.copy(tmp_path / "colour_train.json", tmp_path / "colour_test.json")
@@ -100,6 +105,29 @@ def test_doctor_ends_with_1_where_it_finds_errors(tmp_path: Path) -> None:
         and "8 errors" in result.output
         and "3 rows more" in result.output
     )
+
+
+def test_doctor_asks_the_model_of_the_recipe_without_its_weights(tmp_path: Path) -> None:
+    import json
+
+    import own_data
+
+    model = own_data.model_dir(tmp_path / "base")
+    (model / "model.safetensors").unlink()
+    recipe = own_data.shop(tmp_path, model)
+    rows = json.loads((tmp_path / "paint_test.json").read_text())
+    rows[1]["conversations"][1]["value"] = "red " * 9
+    (tmp_path / "paint_test.json").write_text(json.dumps(rows))
+    result = call("doctor", recipe)
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+    assert result.exit_code == 1, result.output
+    assert any(
+        "paint" in line and "max_new_tokens the reference has more than 4 tokens: cut to 'red" in line
+        for line in lines
+    )
+    assert any(
+        line.startswith("colour") and line.endswith(" 4 11") for line in lines
+    )  # max_new_tokens, rows measured
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from PIL import Image
 
 import own_data
 from retain.data import read
-from retain.data.doctor import Finding, diagnose, finding_rows
+from retain.data.doctor import Finding, Lengths, diagnose, examine, finding_rows, sample
+from retain.data.marks import best_constant
 from retain.metrics import score
 from retain.stream import Stream, Task
 from retain.types import Example, Message, RetainError
@@ -211,8 +213,28 @@ BAD_ROWS: dict[str, tuple[Any, list[str]]] = {
     ),
     "id": ({**GOOD, "id": [1]}, ["'id'", "[1]"]),
     "box": ({"text": "x", "answer": "y", "answer_bbox": "[1,2]"}, ["answer_bbox", "4 numbers", "[1,2]"]),
+    "box of nan": ({"text": "x", "answer": "y", "answer_bbox": "[1,2,3,NaN]"}, ["answer_bbox", "4 numbers"]),
     "box text": ({"text": "x", "answer": "y", "answer_bbox": "here"}, ["answer_bbox", "broken JSON"]),
     "options": ({"text": "x", "answer": "y", "options": 3}, ["options", "3"]),
+    "tolerance": ({"text": "x", "answer": "5", "tolerance": "wide"}, ["'tolerance'", "0 or more", "'wide'"]),
+    "relative tolerance": (
+        {"text": "x", "answer": "5", "meta": {"relative_tolerance": -1}},
+        ["relative_tolerance", "-1"],
+    ),
+    "box in meta": ({"text": "x", "answer": "y", "meta": {"box": [1, 2]}}, ["answer_bbox", "4 numbers"]),
+    "nan": ({"text": "x", "answer": float("nan")}, ["field 'answer'", "nan or infinity"]),
+    "infinity": (
+        {"text": "x", "answer": "y", "meta": {"a": [1, float("-inf")]}},
+        ["field 'meta.a[1]'", "nan or infinity"],
+    ),
+    "nan among references": (
+        {"text": "x", "answer": ["y", float("nan")]},
+        ["field 'answer[1]'", "nan or infinity"],
+    ),
+    "nan in a field that nobody reads": (
+        {"text": "x", "answer": "y", "extra": float("nan")},
+        ["field 'extra'"],
+    ),
     "surrogate": ({"text": "x\ud800", "answer": "y"}, ["'text'", "character 2"]),
     "null byte": ({"text": "x\0", "answer": "y"}, ["'text'", "character 2"]),
     "image missing": ({**GOOD, "image": "nope.png"}, ["'image'", "'nope.png'", "no such image"]),
@@ -237,6 +259,32 @@ def test_a_bad_row_is_named(root: Path, case: str) -> None:
         read.examples(root / "d.json")
     for word in [str(root / "d.json"), "row 2", *words]:
         assert word in str(caught.value), f"{word!r} is missing in: {caught.value}"
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_nan_in_a_line_of_json_is_an_error_and_never_a_text(root: Path, word: str) -> None:
+    row = '{"text": "x", "answer": WORD}'.replace("WORD", word)
+    for name, text in (
+        ("d.jsonl", f'{{"text": "x", "answer": "y"}}\n{row}\n'),
+        ("d.json", f'[{{"text": "x", "answer": "y"}}, {row}]'),
+    ):
+        with pytest.raises(RetainError, match=rf"{name}, row 2, field 'answer': nan or infinity is no value"):
+            read.examples(_write(root / name, text))
+    assert (
+        read.examples(_write(root / "t.jsonl", '{"text": "x", "answer": "nan"}'))[0].answer == "nan"
+    )  # a word
+
+
+def test_nan_in_parquet_is_an_error(root: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["x", "x"], "answer": [1.5, float("nan")]}), root / "d.parquet")
+    with pytest.raises(RetainError, match=r"d\.parquet, row 2, field 'answer': nan or infinity"):
+        read.examples(root / "d.parquet")
+    pq.write_table(pa.table({"text": ["x"], "answer": ["1"], "score": [float("inf")]}), root / "d.parquet")
+    with pytest.raises(RetainError, match=r"row 1, field 'score'"):
+        read.examples(root / "d.parquet")
 
 
 def test_a_huge_image_is_refused_by_its_header(root: Path) -> None:
@@ -458,6 +506,194 @@ def test_many_findings_of_one_kind_are_counted() -> None:
     assert len([f for f in findings if f.field == "answer"]) == 50
     shown = [row for row in finding_rows(findings) if row[5] == "answer"]
     assert len(shown) == 6 and "45 rows more" in shown[-1][6]
+
+
+# -- references scored as if they were answers -----------------------------------------------------------
+
+
+class Words:
+    """A reader that counts words, and refuses what is told to be refused."""
+
+    def measure(self, example: Example) -> Lengths:
+        if "refuse" in example.question:
+            raise RetainError("absolute aspect ratio must be smaller than 200")
+        return Lengths(len(example.question.split()), 7 * len(example.images), len(example.answer.split()))
+
+    def cut(self, text: str, n_tokens: int) -> str:
+        return " ".join(text.split()[:n_tokens])
+
+    def remarks(self, example: Example) -> list[str]:
+        return ["the picture loses its edges"] if "wide" in example.question else []
+
+
+def test_of(scorer: str, test: list[Example], n_tokens: int = 32, compat: str | None = None) -> Task:
+    return Task("t", TRAIN, test, score(scorer), n_tokens, compat=score(compat) if compat else None)
+
+
+test_of.__test__ = False  # type: ignore[attr-defined]
+
+
+def told(t: Task, level: str = "", reader: Any = None) -> list[str]:
+    """Messages about the test split."""
+    return [
+        f"{f.row}: {f.field}: {f.message}"
+        for f in diagnose([t], reader)
+        if f.split == "test" and level in ("", f.level)
+    ]
+
+
+COCO = [{"box": [120, 80, 40, 30]}, {"box": [10, 10, 50, 60]}, {"box": [200, 9, 20, 30]}]
+REFERENCES: dict[str, tuple[Task, str]] = {
+    "number with its unit": (
+        test_of("number", [ask("x", answer="5cm", seed=9)]),
+        "1: answer: score 'number' needs a number; '5cm' is glued to its unit; write 5",
+    ),
+    "number of several": (
+        test_of("number", [ask("x", answer="5 or 6", seed=9)]),
+        "1: answer: score 'number' needs a number; '5 or 6' states several",
+    ),
+    "coco box": (
+        test_of("iou", [ask("x", seed=9, **COCO[0])]),
+        "1: box: a box with x2 <= x1 or y2 <= y1 never scores; a COCO box of x, y, width, height? corners are needed: "
+        "[120.0, 80.0, 40.0, 30.0]",
+    ),
+    "coco boxes, most of which look like corners": (
+        test_of("iou", [ask(f"x{i}", f"No. {i}?", seed=30 + i, **m) for i, m in enumerate(COCO)]),
+        "0: box: 2 of 3 boxes are no corners, so the others will be x, y, width, height (COCO) too",
+    ),
+    "nothing after normalising": (
+        test_of("vqa", [ask("x", answer="the", seed=9)]),
+        "1: answer: nothing is left of the reference 'the' after normalising",
+    ),
+    "a full stop alone": (
+        test_of("exact", [ask("x", answer=".", seed=9)]),
+        "1: answer: nothing is left of the reference '.' after normalising",
+    ),
+    "two choices": (
+        test_of("choice", [ask("x", answer="A or B", seed=9, options=["u", "v"])]),
+        "1: answer: score 'choice' needs an option letter or an option; 'A or B' is none",
+    ),
+    "key that is two equal options": (
+        test_of("choice", [ask("x", answer="up", seed=9, options=["up", "up"])]), "needs an option letter",
+    ),
+    "compat scorer that cannot": (
+        test_of("vqa", [ask("x", seed=9)], compat="compat_textvqa"),
+        "0: compat: score 'compat_textvqa' cannot score this split: score 'compat_textvqa': example 'x' has 1 references",
+    ),
+    "tolerance": (
+        test_of("number", [ask("x", answer="5", seed=9, tolerance="wide")]),
+        "tolerance: a number of 0 or more is needed, not 'wide'",
+    ),
+    "longer than max_new_tokens": (
+        test_of("exact", [ask("x", answer="one two three", seed=9)], 2),
+        "1: max_new_tokens: the reference has more than 2 tokens: cut to 'one two' it gets 0 of 100 by 'exact'",
+    ),
+    "refused by the processor": (
+        test_of("exact", [ask("x", "refuse it?", seed=9)]),
+        "1: model: the model's processor refuses it: absolute aspect ratio must be smaller than 200",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFERENCES)
+def test_a_reference_that_cannot_score_is_an_error(case: str) -> None:
+    bad, words = REFERENCES[case]
+    hits = [m for m in told(bad, "error", Words()) if words in m]
+    assert hits, told(bad, "error", Words())
+    assert len(told(bad, "error", Words())) == len(set(told(bad, "error", Words())))
+
+
+WARNED: dict[str, tuple[Task, str]] = {
+    "equal options": (
+        test_of("choice", [ask("x", answer="B", seed=9, options=["up", "Up.", "down"])]),
+        "1: options: equal option texts: A and B are 'up'",
+    ),
+    "unit": (
+        test_of("number", [ask("x", answer="5 cm", seed=9)]),
+        "score 'number' compares numbers only: in '5 cm' the rest is not looked at",
+    ),
+    "released scorer": (
+        test_of("exact", [ask("x", answer="Net income", seed=9)], compat="compat_dcl_fin"),
+        "1: compat: score 'compat_dcl_fin' gives the reference 'Net income' itself 0 of 100",
+    ),
+    "less than full marks": (
+        test_of("vqa", [replace(ask("x", answer="a1", seed=9), references=tuple(f"a{i}" for i in range(10)))]),
+        "the best reference itself gets 30.0 of 100 by 'vqa' on average over 1 of 1 rows; here 'a0' gets 30.0",
+    ),
+    "edges": (test_of("exact", [ask("x", "how wide?", seed=9)]), "1: model: the picture loses its edges"),
+    "all in the upper left": (
+        test_of("iou", [
+            ask(f"x{i}", f"No. {i}?", f"5, 5, {40 + i}, 50", seed=30 + i, box=[5, 5, 40 + i, 50], size=[640, 480])
+            for i in range(12)
+        ]),
+        "0: box: all 12 boxes would fit their images as COCO's x, y, width, height",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_a_reference_that_gets_less_is_a_warning(case: str) -> None:
+    bad, words = WARNED[case]
+    assert [m for m in told(bad, "warning", Words()) if words in m], told(bad, "", Words())
+    assert told(bad, "error", Words()) == []
+
+
+def test_references_that_score_are_no_findings() -> None:
+    corners = [[300, 200, 600, 400], [10, 10, 30, 40]] * 8
+    healthy = [
+        test_of("number", [ask("x", answer="1,234.5", seed=9)]),
+        test_of("contains", [ask("x", answer="one two three", seed=9)], 9),
+        test_of("choice", [ask("x", answer="v", seed=9, options=["u", "v"])]),
+        test_of("anls", [ask("x", answer="a b", seed=9)]),
+        test_of("iou", [ask(f"x{i}", f"{i}?", str(b), 40 + i, box=b, size=[640, 480]) for i, b in enumerate(corners)]),
+        test_of("vqa", [replace(ask("x", answer="red", seed=9), references=("red",) * 10)], compat="compat_textvqa"),
+        test_of("contains", [replace(ask("x", answer="very long", seed=9), references=("very long indeed", "ok"))], 1),
+    ]  # fmt: skip
+    for t in healthy:
+        assert told(t, "", Words()) == [], t.score.name
+
+
+def test_a_scorer_of_ones_own_is_asked_of_the_whole_split_and_needs_no_doubts() -> None:
+    calls: list[int] = []
+
+    class Own:
+        name, formula = "own", "1"
+
+        def __call__(self, predictions: Any, examples: Any) -> list[float]:
+            calls.append(len(predictions))
+            return [100.0 * (p == e.answer) for p, e in zip(predictions, examples, strict=True)]
+
+    t = Task("t", TRAIN, [ask(f"x{i}", f"{i}?", seed=50 + i) for i in range(4)], Own())
+    assert told(t) == [] and set(calls) == {2, 4}
+
+
+def test_the_majority_baseline_is_the_best_constant_answer() -> None:
+    test = [ask(f"x{i}", f"{i}?", answer=a, seed=60 + i) for i, a in enumerate(["yes"] * 5 + ["no"] * 3)]
+    made = best_constant(task(TRAIN, test))
+    assert made and (made.text, made.score, made.rows) == ("yes", 62.5, 8)
+    numbers = [
+        ask(f"x{i}", f"{i}?", answer=a, seed=60 + i, tolerance=1)
+        for i, a in enumerate(["1", "1", "4", "5", "6"])
+    ]
+    made = best_constant(test_of("number", numbers))
+    assert made and (made.text, made.score) == ("5", 60.0)  # not the most frequent one
+    alternating = [
+        ask(f"x{i}", f"{i}?", answer="AB"[i % 2], seed=None, options=["u", "v"]) for i in range(12_000)
+    ]
+    made = best_constant(test_of("choice", alternating))
+    assert made and 48 < made.score < 52 and made.rows == 5000
+    assert best_constant(test_of("exact", [])) is None
+
+
+def test_the_processor_measures_a_sample_with_the_extremes() -> None:
+    rows = [ask(f"x{i}", "short?", seed=None) for i in range(1000)]
+    rows[123] = ask("long", "a very long question " * 9, seed=None)
+    rows[777] = replace(rows[777], images=(np.zeros((2, 400, 3), np.uint8),))
+    chosen = sample(rows)
+    assert len(chosen) <= 96 and {123, 777} <= set(chosen) and sample(rows) == chosen
+    assert sample(rows[:90]) == list(range(90))
+    of_test = examine([task(TRAIN, rows)], Words()).tasks[0]
+    assert max(x.prompt for x in of_test.lengths) == 36 and max(x.image for x in of_test.lengths) == 7
 
 
 def test_the_pocket_stream_is_healthy() -> None:

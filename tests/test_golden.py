@@ -42,7 +42,7 @@ def curve(model: HFModel, task: Task) -> dict[str, Any]:
     stream = Stream("golden", (task,))
     ctx = Context(model, task, stream, [], seed=0, log=lambda **e: losses.extend(e.get("losses", ())))
     fit(model, build("lora"), ctx, OPTIM)
-    return {"base": model.fingerprint(), "data": task.digest(), "losses": losses}
+    return {"base": model.fingerprint(), "data": task.data_digest(), "losses": losses}
 
 
 def tiny_losses() -> dict[str, Any]:

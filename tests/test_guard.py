@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
 import zoo
 from retain.adapters.lora import LoraSpec
+from retain.cli import app
+from retain.commands.doctor import cut_off
 from retain.models import guard
 from retain.models.hf import HFModel
 from retain.types import Message, RetainError
@@ -167,3 +172,39 @@ def test_a_template_that_writes_the_date_writes_the_same_every_day(make: Callabl
     text = again.encode.render((zoo_message := Message("user", "what?"),), generate=True)
     assert text.startswith("2025-01-01 ") and zoo_message.text in text
     assert all(f.agrees for f in guard.compare(again))
+
+
+def test_the_doctor_compares_a_model(make: Callable[..., HFModel]) -> None:
+    make("llava")
+    told = CliRunner().invoke(app, ["doctor", "--model", str(FOLDERS["llava"])])
+    assert told.exit_code == 0 and told.stdout.count(" yes") == 18 and "NO" not in told.stdout
+    refused = CliRunner().invoke(app, ["doctor"])
+    assert refused.exit_code == 2 and "--model" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["llava", "llava_next", "qwen2_vl", "internvl", "idefics3", "pixtral", "paligemma"]
+)
+def test_what_a_processor_cuts_off_is_found_by_looking(name: str, make: Callable[..., HFModel]) -> None:
+    """Only LLaVA-1.5's cuts the centre out: of 90 x 60 a third of the width, less what resampling still sees."""
+    width, height = cut_off(make(name).encode, 90, 60)
+    assert height == 0 and (0.2 < width <= 1 / 3 if name == "llava" else width == 0)
+    assert cut_off(make(name).encode, 60, 60) == (0, 0)
+    assert cut_off(make(name, square="pad").encode, 90, 90) == (0, 0)
+
+
+def test_the_doctor_says_what_the_model_will_not_see(make: Callable[..., HFModel], tmp_path: Path) -> None:
+    make("llava")
+    picture = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    row = {"id": "a", "image": "wide.png", "text": "What?", "answer": "red"}
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row | {"id": split}))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {{name: {FOLDERS['llava']}}}\nmethod: lora\n"
+        "stream: {tasks: [{name: a, train: train.jsonl, test: test.jsonl}]}\n"
+    )
+    words = "of the width of a picture of 90 x 60 away; model.square: pad"
+    assert words in CliRunner().invoke(app, ["doctor", str(recipe)]).stdout
+    assert words not in CliRunner().invoke(app, ["doctor", str(recipe), "model.square=pad"]).stdout

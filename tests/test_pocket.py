@@ -83,7 +83,7 @@ def test_a_task_is_decided_by_its_seed(name: str) -> None:
 
 
 def test_the_stream_is_what_it_was() -> None:
-    assert digest([t.digest() for t in bench.pocket(n_train=20, n_test=10, n_valid=10)]) == GOLDEN
+    assert digest([t.data_digest() for t in bench.pocket(n_train=20, n_test=10, n_valid=10)]) == GOLDEN
 
 
 GOLDEN = "fe68bd8431268e3c"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from crash import METHOD, OPTIM, SPEC, whole
 from fake_model import FakeModel, stream
 from loop_helpers import kept, losses, remains
 from retain.method import build
+from retain.metrics import score
+from retain.metrics.scorer import Scorer
 from retain.run.continual import Silent, run
 from retain.run.evaluate import EvalOptions
 from retain.run.store import RunDir, read_jsonl
@@ -263,6 +266,114 @@ def test_changed_data_are_refused_by_the_task(tmp_path: Path) -> None:
         go(tmp_path / "run", data=Stream("fake", (a, other, c)))
     with pytest.raises(RetainError, match="the data of the stream changed"):
         go(tmp_path / "run", data=Stream("fake", (b, a, c)))
+
+
+def keyed(meta: dict[str, Any], scorer: Any = None, compat: Any = None) -> Stream:
+    """The stream with something that a scorer reads in every test example of its second task."""
+    a, b, c = stream()
+    test = [replace(e, meta=meta) for e in b.test]
+    return Stream("fake", (a, replace(b, test=test, score=scorer or b.score, compat=compat), c))
+
+
+def test_a_changed_answer_key_is_refused_by_the_task(tmp_path: Path) -> None:
+    options = {"options": ["x", "y"]}
+    with pytest.raises(KilledError):
+        go(tmp_path / "run", data=keyed(options), watch=Stop(5, 1))
+    strict = Scorer("exact", "my own rule", lambda texts, examples: [0.0] * len(texts))
+    for other in (
+        keyed({"options": ["y", "x"]}),
+        keyed(options, strict),
+        keyed(options, compat=score("compat_gqa")),
+    ):
+        with pytest.raises(
+            RetainError, match=r"the answer key in the data of \['letter'\] \(options, boxes.*changed"
+        ):
+            go(tmp_path / "run", data=other)
+    go(tmp_path / "run", data=keyed(options))
+
+
+class Hears(Silent):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.heard.append(text)
+
+
+def test_a_finished_run_says_that_the_answer_key_changed(tmp_path: Path) -> None:
+    made = go(tmp_path / "run", data=keyed({"tolerance": 1}))
+    same, other, data = Hears(), Hears(), Hears()
+    go(tmp_path / "run", data=keyed({"tolerance": 1}), watch=same)
+    again = go(tmp_path / "run", data=keyed({"tolerance": 2}), watch=other)
+    assert same.heard == [] and again.to_json() == made.to_json()
+    assert len(other.heard) == 1 and "'letter'" in other.heard[0] and "answer key" in other.heard[0]
+    a, b, c = stream()
+    references = [replace(e, references=("else",)) for e in a.test]
+    go(tmp_path / "run", data=Stream("fake", (replace(a, test=references), b, c)), watch=data)
+    assert "the data of ['colour']" in data.heard[0]
+
+
+def former(folder: Path) -> None:
+    """data.json as it was before answer keys were hashed."""
+    path = folder / "data.json"
+    old = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({n: {"train": 9, "score": "exact", "digest": e["data"]} for n, e in old.items()})
+    )
+
+
+def test_a_folder_of_an_earlier_version_continues_and_keeps_its_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(Task, "digest", Task.data_digest)  # what cells were known by
+        made = go(tmp_path / "run")
+    former(tmp_path / "run")
+    assert go(tmp_path / "run").to_json() == made.to_json()
+    for name in ("DONE", "matrix.json", "rows/03-again/DONE"):
+        (tmp_path / "run" / name).unlink()
+    rest = Counting()
+    assert go(tmp_path / "run", rest).to_json() == made.to_json() and rest.answered == []
+
+
+def test_a_folder_of_an_earlier_version_with_other_scores_is_refused(tmp_path: Path) -> None:
+    interrupted(tmp_path / "run")
+    former(tmp_path / "run")
+    cells = tmp_path / "run" / "rows/00-zero_shot/cells.json"
+    told = json.loads(cells.read_text())
+    told["letter"]["score"] += 12.5
+    cells.write_text(json.dumps(told))
+    with pytest.raises(RetainError, match=r"task 'letter': the answers saved in 00-zero_shot now have score"):
+        go(tmp_path / "run")
+
+
+def test_everything_that_decides_a_score_is_in_the_digest() -> None:
+    base = stream()[1]
+
+    def told(**changed: Any) -> str:
+        return replace(base, **changed).digest()
+
+    metas = [
+        {},
+        {"box": [1, 2, 3, 4]},
+        {"box": [1, 2, 3, 5]},
+        {"options": ["a"]},
+        {"tolerance": 0.1},
+        {"source": "AI2D"},
+    ]
+    keys = [told(test=[replace(e, meta=m) for e in base.test]) for m in metas]
+    more = [
+        told(test=[replace(e, references=("else",)) for e in base.test]), told(score=score("contains")),
+        told(compat=score("compat_gqa")), told(max_new_tokens=1), told(test=base.test[:-1]), told(train=base.train[:-1]),
+        told(score=Scorer("exact", "the rule", lambda t, e: [], strict=False)),
+        told(score=Scorer("exact", "the rule", lambda t, e: [])),
+    ]  # fmt: skip
+    assert len({*keys, *more}) == len(metas) + len(more) and keys[0] == base.digest()
+    sets = [
+        replace(base, test=[replace(e, meta={"s": {"a", "b", "c"}}) for e in base.test]).digest()
+        for _ in range(2)
+    ]
+    assert sets[0] == sets[1]
 
 
 def test_another_base_model_is_refused(tmp_path: Path) -> None:

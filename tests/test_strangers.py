@@ -24,7 +24,6 @@ import tiny
 from retain.adapters.checkpoint import Checkpoint
 from retain.merge import available_mergers, merger
 from retain.merge.folders import merge_checkpoint, merge_folders
-from retain.types import RetainError
 
 TOLERANCE = 2e-4  # logits of size about 5 in fp32: sums in another order
 LANGUAGE = r"model\.language_model\..*\.(q_proj|v_proj|down_proj)"
@@ -109,16 +108,29 @@ def changes(model: Any, before: dict[str, Tensor]) -> Change:
 
 @torch.no_grad()
 def promised(
-    given: list[Change], name: str, weights: list[float], *, tied: bool = False, shares: bool = False, **params: Any
+    given: list[Change],
+    name: str,
+    weights: list[float],
+    *,
+    tied: bool = False,
+    shares: bool = False,
+    **params: Any,
 ) -> Any:
     """A stock model with the merged changes in its weights; `shares`: full copies averaged, as without the base."""
     hf = stock(tied=tied)
     if tied:
         hf.lm_head.weight = nn.Parameter(hf.lm_head.weight.clone())
-    given = [{**{k: (torch.zeros_like(c[0]),) for k, c in given[0].items() if k.endswith("bias")}, **g} for g in given]
+    given = [
+        {**{k: (torch.zeros_like(c[0]),) for k, c in given[0].items() if k.endswith("bias")}, **g}
+        for g in given
+    ]
     keys = {k: len(given[0][k]) for k in given[0]}
     states = [
-        {n: t for k, c in g.items() for n, t in zip((f"{k}.lora_B", f"{k}.lora_A") if keys[k] == 2 else (k,), c)}
+        {
+            n: t
+            for k, c in g.items()
+            for n, t in zip((f"{k}.lora_B", f"{k}.lora_A") if keys[k] == 2 else (k,), c)
+        }
         for g in given
     ]
     merged = merger(name)(states, weights, keep="cat", **params)
@@ -254,7 +266,10 @@ def test_with_the_base_and_merged_into_it(kind: str, name: str, tmp_path: Path) 
 def test_every_merger(name: str, tmp_path: Path) -> None:
     """Language model, tower and projector, unequal scales; the projector once as factors, once as a full copy."""
     base = saved(tmp_path)
-    for kind, config in (("all", {"target_modules": "all-linear"}), ("copy", {"target_modules": LANGUAGE, **PROJECTOR})):
+    for kind, config in (
+        ("all", {"target_modules": "all-linear"}),
+        ("copy", {"target_modules": LANGUAGE, **PROJECTOR}),
+    ):
         folders = [tmp_path / f"{kind}{i}" for i in range(2)]
         given = [stranger(f, i, lora_alpha=6 + i, **config) for i, f in enumerate(folders)]
         if kind == "all":
@@ -334,7 +349,9 @@ def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     for key, W in start.items():
         path = f"base_model.model.{key.removesuffix('.weight')}"
         if f"{path}.lora_A.weight" in tensors[0]:
-            pairs = [(t[f"{path}.lora_B.weight"].float(), t[f"{path}.lora_A.weight"].float()) for t in tensors]
+            pairs = [
+                (t[f"{path}.lora_B.weight"].float(), t[f"{path}.lora_A.weight"].float()) for t in tensors
+            ]
             delta = sum(w * 1.5 * B @ A for w, (B, A) in zip(TWO, pairs))
         elif "projector" in key:
             delta = sum(w * (t[f"base_model.model.{key}"].float() - W.float()) for w, t in zip(TWO, tensors))
@@ -342,4 +359,6 @@ def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
         else:
             assert torch.equal(whole[key], W)
             continue
-        torch.testing.assert_close(whole[key], (W.float() + delta).to(dtype), atol=0, rtol=torch.finfo(dtype).eps)
+        torch.testing.assert_close(
+            whole[key], (W.float() + delta).to(dtype), atol=0, rtol=torch.finfo(dtype).eps
+        )

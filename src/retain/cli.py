@@ -134,22 +134,40 @@ def explain(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Check a stream's data: images, ids, empty answers, duplicates, leakage, answers given away."""
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="a recipe (YAML)", metavar="RECIPE", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(help="a model's folder or Hub id: compare it with Hugging Face's own call")
+    ] = None,
+) -> None:
+    """Check a stream's data: images, ids, duplicates, leakage, what the references themselves score, lengths."""
     from retain import config
-    from retain.assemble import build_stream
-    from retain.data.doctor import diagnose, finding_rows
+    from retain.commands import doctor as of_data
     from retain.metrics import render
+    from retain.types import RetainError
 
-    overrides = [*(overrides or []), "eval.split=test"]  # every split as it is
-    stream = build_stream(config.load(recipe, overrides))
-    findings = diagnose(stream)
-    if findings:
-        render.show(finding_rows(findings))
-    errors = sum(f.level == "error" for f in findings)
-    tasks, rows = len(stream.all), sum(len(t.train) + len(t.valid) + len(t.test) for t in stream.all)
-    typer.echo(f"{rows} rows of {tasks} tasks: {errors} errors, {len(findings) - errors} warnings")
-    raise typer.Exit(1 if errors else 0)
+    if (recipe is None) == (model is None):
+        raise RetainError(
+            "doctor: name a recipe, whose data are looked at, or --model with a model to compare"
+        )
+    if model is not None:
+        findings, passed = of_data.compared(model)
+        render.show(findings, f"{model}: retain beside Hugging Face's own call")
+        raise typer.Exit(0 if passed else 1)
+    if recipe is None or model is not None:
+        raise RetainError(
+            "doctor: name a recipe, whose data are looked at, or --model with a model to compare"
+        )
+    made = of_data.report(
+        config.load(recipe, [*(overrides or []), "eval.split=test"])
+    )  # every split as it is
+    for rows, title in of_data.tables(made):
+        render.show(rows, title)
+    typer.echo(made.summary)
+    raise typer.Exit(1 if made.errors else 0)
 
 
 @app.command()

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from retain.types import Example, Examples, RetainError, digest
+
+PLAIN = (str, int, float, bool, list, tuple, dict, set, frozenset, type(None))
+"""Values of a scorer's own attributes that count as its parameters."""
 
 
 @runtime_checkable
@@ -20,6 +23,19 @@ class Score(Protocol):
     formula: str
 
     def __call__(self, predictions: Sequence[str], examples: Sequence[Example]) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """What keeps a scorer from judging an example as it is meant. `row` counts from 0; None: all of them.
+
+    A scorer that can tell has a method `doubts(examples)`, which the doctor asks.
+    """
+
+    level: Literal["error", "warning"]
+    row: int | None
+    field: str
+    message: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +53,23 @@ class Task:
     meta: dict[str, object] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """Hash of everything that decides a score: train and test examples, scorer, length."""
+        """Hash of everything that decides a score: the data, all that a scorer reads of a test example (references,
+        box, options, tolerance, …), and both scorers with their rules and parameters.
+        """
+        key = [[list(e.targets), dict(e.meta)] for e in self.test]
+        return digest([self.data_digest(), key, _scorer(self.score), _scorer(self.compat)])
+
+    def data_digest(self) -> str:
+        """Hash of what the answers depend on: train and test examples, length, and the scorer's name."""
         return digest([self.name, list(self.train), list(self.test), self.score.name, self.max_new_tokens])
+
+
+def _scorer(score: Score | None) -> list[object]:
+    """A scorer as plain data: its name, its rule, and its parameters."""
+    if score is None:
+        return []
+    plain = {k: v for k, v in getattr(score, "__dict__", {}).items() if isinstance(v, PLAIN)}
+    return [score.name, score.formula, plain]
 
 
 @dataclass(frozen=True)

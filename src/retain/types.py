@@ -135,9 +135,13 @@ def digest(value: Any) -> str:
             h.update(str((tuple(v.shape), str(v.dtype))).encode())
             h.update(v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if v.numel() else b"")
         elif isinstance(v, Mapping):
-            for key in sorted(v):
+            for key in sorted(v, key=str):
                 h.update(f"{key}=".encode())
                 eat(v[key])
+        elif isinstance(v, set | frozenset):  # their own order differs from process to process
+            eat(sorted(v, key=repr))
+        elif isinstance(v, np.generic):
+            eat(v.item())
         elif isinstance(v, list | tuple):
             h.update(f"[{len(v)}".encode())
             for item in v:

@@ -42,23 +42,24 @@ class Part:
 
 
 SEEN: dict[str, Part] = {
-    "ScienceQA": Part(LETTER, 8, "choice", "compat_scienceqa", "science questions with options"),
-    "ImageNet": Part(SHORT, 16, "contains", "compat_imagenet", "classes of photographs"),
+    "ScienceQA": Part(LETTER, 8, "choice", "compat_mm_scienceqa", "science questions with options"),
+    "ImageNet": Part(SHORT, 16, "contains", "compat_mm_imagenet", "classes of photographs"),
     "VQAv2": Part(SHORT, 16, "exact", "compat_vqav2", "questions about photographs"),
     "REC": Part(BOX, 48, "iou", "compat_grounding", "boxes of described objects (RefCOCO)"),
-    "OCRVQA": Part(SHORT, 32, "exact", "compat_vqav2", "questions about book covers"),
+    "OCRVQA": Part(SHORT, 32, "exact", "compat_ocrvqa", "questions about book covers"),
     "VizWiz": Part(CAPTION, 64, "caption", "compat_caption", "captions of blind people's photographs"),
     "Flickr30k": Part(CAPTION, 64, "caption", "compat_caption", "captions of photographs"),
     "IconQA": Part(SHORT, 16, "exact", "compat_vqav2", "questions about icons and diagrams"),
 }
 UNSEEN: dict[str, Part] = {
     "AOKVQA": Part(LETTER, 8, "exact", "compat_vqav2", "questions that need outside knowledge"),
-    "ImageNet-R": Part(SHORT, 16, "contains", "compat_imagenet", "classes of renderings"),
+    "ImageNet-R": Part(SHORT, 16, "contains", "compat_mm_imagenet", "classes of renderings"),
     "Screen2Words": Part(CAPTION, 64, "caption", "compat_caption", "summaries of app screens"),
     "TabMWP": Part(SHORT, 16, "exact", "compat_vqav2", "sums over tables"),
 }
-"""The release compares VQAv2, IconQA, OCRVQA, AOKVQA and TabMWP ignoring case (`compat_vqav2`), and takes an
-empty answer of ImageNet for correct. Its captions score has METEOR too, which ours lacks."""
+"""The release compares VQAv2, IconQA, AOKVQA and TabMWP ignoring case (`compat_vqav2`), OCRVQA too but never accepts
+"Unanswerable", and takes an empty answer of ImageNet and ImageNet-R for correct; of a sentence it reads exactly one
+"The answer is X." for ScienceQA. Its captions score has METEOR too, which ours lacks."""
 
 _COLUMNS = (*SEEN, *UNSEEN)
 PUBLISHED: dict[str, dict[str, float]] = {

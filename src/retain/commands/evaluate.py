@@ -9,6 +9,7 @@ from pathlib import Path
 from retain import config
 from retain.assemble import build_stream
 from retain.metrics import score
+from retain.run.continual import DATA, changes
 from retain.run.evaluate import score as score_answers
 from retain.run.store import Row, RunDir, read_jsonl
 from retain.stream import Task
@@ -26,14 +27,19 @@ class Cell:
     now: float
     scorer: str
     compat: float | None
+    changed: str = ""  # what of the task is no more as the run had it
 
 
 def rescore(
     folder: Path, tasks: Sequence[str] = (), after: int | None = None, scorer: str | None = None
 ) -> list[Cell]:
-    """Every finished cell of the run, or only some tasks and one row."""
+    """Every finished cell of the run, or only some tasks and one row.
+
+    `now` is by the data, the answer key and the scorers as they are now; a cell says where they changed since.
+    """
     run = RunDir.read(folder)
     stream = build_stream(config.parse(run.config, run.path / "config.yaml"))
+    changed = changes(run, stream)
     chosen = [stream.named(name) for name in tasks] or list(stream.all)
     if scorer:
         chosen = [replace(task, score=score(scorer), compat=None) for task in chosen]
@@ -41,10 +47,10 @@ def rescore(
     if not rows:
         done = [row.index for row in run.rows() if row.done]
         raise RetainError(f"{folder}: no finished row {'' if after is None else after}; there are {done}")
-    return [_cell(row, task) for row in rows for task in chosen]
+    return [_cell(row, task, changed.get(task.name, "")) for row in rows for task in chosen]
 
 
-def _cell(row: Row, task: Task) -> Cell:
+def _cell(row: Row, task: Task, changed: str) -> Cell:
     path = row.predictions(task.name)
     saved = {line["id"]: line for line in read_jsonl(path)}
     missing = [e.id for e in task.test if e.id not in saved]
@@ -53,6 +59,10 @@ def _cell(row: Row, task: Task) -> Cell:
             f"{path}: no answer for the test row {missing[0]!r}; the data changed since the run"
         )
     lines = [saved[e.id] for e in task.test]
+    if not changed and any(
+        line["references"] != list(e.targets) for line, e in zip(lines, task.test, strict=True)
+    ):
+        changed = DATA
     scored = score_answers(task, [line["prediction"] for line in lines])
     compat = [p.compat for p in scored if p.compat is not None]
     return Cell(
@@ -63,6 +73,7 @@ def _cell(row: Row, task: Task) -> Cell:
         now=_mean([p.score for p in scored]),
         scorer=task.score.name,
         compat=_mean(compat) if compat else None,
+        changed=changed,
     )
 
 
@@ -71,8 +82,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def cell_rows(cells: Sequence[Cell]) -> list[list[str]]:
-    """A table as text."""
+    """A table as text; with a last column where the answer key is another than the run's."""
     head = ["after", "task", "samples", "scorer", "stored", "now", "compat"]
+    told = any(c.changed for c in cells)
     body = [
         [
             c.after,
@@ -82,7 +94,8 @@ def cell_rows(cells: Sequence[Cell]) -> list[list[str]]:
             f"{c.stored:.2f}",
             f"{c.now:.2f}",
             "" if c.compat is None else f"{c.compat:.2f}",
+            *([c.changed and f"{c.changed} changed"] if told else []),
         ]
         for c in cells
     ]
-    return [head, *body]
+    return [[*head, *(["since the run"] if told else [])], *body]

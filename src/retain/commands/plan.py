@@ -97,8 +97,8 @@ class RunPlan:
 def make_plan(recipe: Recipe, runs: Path = Path("runs")) -> RunPlan:
     """Plan a recipe. Data files are read and checked; of the model only config and processor are."""
     method, stream = build_method(recipe), build_stream(recipe)
-    hf, processor = _skeleton(recipe)
-    encode = _encoder(hf, processor, recipe)
+    hf, processor = skeleton(recipe)
+    encode = encoder(hf, processor, recipe)
     lengths = {task.name: _length(encode, task) for task in [*method.stages(stream), *stream.all]}
     shape = _shape(hf, recipe)
 
@@ -119,7 +119,7 @@ def make_plan(recipe: Recipe, runs: Path = Path("runs")) -> RunPlan:
 # -- the model without its weights -----------------------------------------------------------------------
 
 
-def _skeleton(recipe: Recipe) -> tuple[Any, Any]:
+def skeleton(recipe: Recipe) -> tuple[Any, Any]:
     """The model on the meta device, and its processor."""
     name, local = where(model_source(recipe.model.name))
     try:
@@ -131,7 +131,8 @@ def _skeleton(recipe: Recipe) -> tuple[Any, Any]:
         raise RetainError(f"{recipe.path}: model {name!r} cannot be planned: {error}") from error
 
 
-def _encoder(hf: Any, processor: Any, recipe: Recipe) -> Encoder:
+def encoder(hf: Any, processor: Any, recipe: Recipe) -> Encoder:
+    """What turns examples into tokens, as the recipe says."""
     spec = recipe.model
     return Encoder(
         processor,

@@ -106,3 +106,7 @@ class Watch:
     def note(self, text: str) -> None:
         """A line for the person who waits."""
         self.progress.note(text)
+
+    def warn(self, text: str) -> None:
+        """A line that is shown even where only the result is."""
+        self.progress.warn(text)

@@ -1,8 +1,10 @@
 """The data doctor: what is wrong with a stream before it costs a night of training.
 
 Errors make a number meaningless (an image that does not decode, an empty reference, a test row that is in the
-training data, a scorer that the answers cannot satisfy); warnings are worth a look. Images are compared by
-their pixels, texts without case and spacing.
+training data, a reference that its own scorer gives nothing); warnings are worth a look. Images are compared by
+their pixels, texts without case and spacing. Every reference is scored as if it were the answer, cut to
+`max_new_tokens` where a `Reader` is at hand: what gets less than full marks is told. A `Reader` is what the doctor
+needs of a model: its processor, without weights.
 """
 
 from __future__ import annotations
@@ -10,24 +12,50 @@ from __future__ import annotations
 import hashlib
 import re
 import statistics
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from retain.data import picture
-from retain.stream import Stream, Task
-from retain.types import Example, ImageSource
+from retain.data.marks import Marks, best_marks, cut_marks, some
+from retain.stream import Doubt, Stream, Task
+from retain.types import Example, Examples, ImageSource, RetainError
 
 LONG_QUESTION, LONG_ANSWER = 4000, 2000  # characters: about a thousand tokens
 RATIONALE = 400  # characters of a question beyond which an answer inside it is likely to be explained there
 SHOWN = 5  # findings of one kind and split that are listed one by one
+MEASURED = 96  # rows of a split that are measured by the model's processor, unless it has no more
+EXTREMES = 8  # of a larger split: so many of the longest texts, and of the narrowest pictures, are among them
+LOOKED_AT = 2000  # rows whose pictures' shapes are read to find those
 
 Level = Literal["error", "warning"]
 _Seen = tuple[str, str, int]  # an image's hash, or what is wrong with it; its frames
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one example: its prompt without the images' tokens, those, and its answer without the end."""
+
+    prompt: int
+    image: int
+    answer: int
+
+
+class Reader(Protocol):
+    """A model's processor, as far as the doctor needs one."""
+
+    def measure(self, example: Example) -> Lengths:
+        """Its tokens. RetainError where the processor refuses the example."""
+
+    def cut(self, text: str, n_tokens: int) -> str:
+        """What is left of an answer that may have so many tokens."""
+
+    def remarks(self, example: Example) -> Iterable[str]:
+        """What the model will not see of an example as its author meant it (a picture whose edges are cropped)."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +71,42 @@ class Finding:
     message: str
 
 
-def diagnose(stream: Stream | Sequence[Task]) -> list[Finding]:
+@dataclass(frozen=True)
+class Checked:
+    """One task, looked at: what scoring its references gave on the test split, and the tokens of a sample of rows."""
+
+    task: Task
+    marks: Marks | None  # of the test split; None where it cannot be scored
+    compat: Marks | None
+    lengths: tuple[Lengths, ...]
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All findings, errors first, and what was measured of each task on the way."""
+
+    findings: list[Finding]
+    tasks: tuple[Checked, ...]
+
+
+def diagnose(stream: Stream | Sequence[Task], reader: Reader | None = None) -> list[Finding]:
     """All findings over all tasks, errors first."""
+    return examine(stream, reader).findings
+
+
+def examine(stream: Stream | Sequence[Task], reader: Reader | None = None) -> Examination:
+    """Everything there is to find, with or without a model's processor."""
     tasks = stream.all if isinstance(stream, Stream) else tuple(stream)
     rows = list(_rows(tasks))
-    found = [f for row in rows for f in (*_example(row), *_scorable(row))]
+    found = [f for row in rows for f in _example(row)]
     found += [*_empty(tasks), *_repeated(rows), *_leaks(rows), *_balance(tasks)]
-    return sorted(found, key=lambda f: (f.level != "error", f.task, f.split, f.field, f.row))
+    checked = []
+    for task in tasks:
+        of_splits = [_scored(task, split, examples, reader, found) for split, examples in _splits(task)]
+        lengths = tuple(_measured(task, reader, found)) if reader else ()
+        checked.append(Checked(task, *of_splits[-1], lengths))
+    findings = sorted(found, key=lambda f: (f.level != "error", f.task, f.split, f.field, f.row))
+    return Examination(findings, tuple(checked))
 
 
 def finding_rows(findings: Sequence[Finding]) -> list[list[str]]:
@@ -57,6 +114,10 @@ def finding_rows(findings: Sequence[Finding]) -> list[list[str]]:
     shown = _shortened(findings)
     body = [[f.level, f.task, f.split, str(f.row or ""), f.id, f.field, f.message] for f in shown]
     return [["level", "task", "split", "row", "id", "field", "what"], *body]
+
+
+def _splits(task: Task) -> tuple[tuple[str, Examples], ...]:
+    return ("train", task.train), ("valid", task.valid), ("test", task.test)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +144,7 @@ class _Row:
 def _rows(tasks: Sequence[Task]) -> Iterator[_Row]:
     known: dict[Path, _Seen] = {}  # a file that many rows show is decoded once
     for task in tasks:
-        for split, examples in (("train", task.train), ("valid", task.valid), ("test", task.test)):
+        for split, examples in _splits(task):
             for number, e in enumerate(examples, 1):
                 read = [_decoded(image, known) for image in e.images]
                 names = [
@@ -170,46 +231,144 @@ def _given_away(row: _Row) -> Iterator[Finding]:
         yield finding("warning", "question", f"the answer {_cut(e.answer)} occurs in the question")
 
 
-# -- scorer and answer -----------------------------------------------------------------------------------
-
-BOX = re.compile(r"(?:-?\d+(?:\.\d+)?[^\d.-]+){3}-?\d+(?:\.\d+)?")
-NUMBER = re.compile(r"\d")
-LETTER = re.compile(r"[(\[]?([A-Za-z])(?:[)\].:]+\s*.*)?", re.DOTALL)
+# -- references and scorers ------------------------------------------------------------------------------
 
 
-def _scorable(row: _Row) -> Iterator[Finding]:
-    """Whether a perfect answer could score: each scorer needs something of the reference."""
-    e, finding, scorer = row.example, row.finding, row.task.score.name
-    answers = [t for t in e.targets if t.strip()]
-    if not answers:
-        return
-    if scorer == "iou" and "box" not in e.meta and not any(BOX.search(a) for a in answers):
-        yield finding(
-            "error", "answer", f"score 'iou' needs a box of four numbers; {_cut(answers[0])} has none"
-        )
-    elif scorer == "number" and not any(NUMBER.search(a) for a in answers):
-        yield finding("error", "answer", f"score 'number' needs a number; {_cut(answers[0])} has none")
-    elif scorer == "choice":
-        options = [_plain(str(o)) for o in e.meta.get("options", ())]
-        letters = [m[1].upper() for a in answers if (m := LETTER.fullmatch(a.strip()))]
-        if not letters and not any(_plain(a) in options for a in answers):
-            yield finding(
-                "error",
-                "answer",
-                f"score 'choice' needs an option letter or an option; {_cut(answers[0])} is none",
+def _scored(
+    task: Task, split: str, examples: Examples, reader: Reader | None, found: list[Finding]
+) -> tuple[Marks | None, Marks | None]:
+    """Score every reference as if it were the answer; findings are added. Marks by the scorer, and by the released one.
+
+    The released scorer is asked of what is evaluated only: training rows often have one answer of the ten.
+    """
+    if not examples:
+        return None, None
+
+    def tell(level: Level, row: int | None, field: str, message: str) -> None:
+        ident = "" if row is None else examples[row].id
+        found.append(Finding(level, task.name, split, 0 if row is None else row + 1, ident, field, message))
+
+    known: set[int] = set()  # rows of which the scorer itself says why nothing can score
+    for doubt in _doubts(task, examples, tell):
+        tell(doubt.level, doubt.row, doubt.field, doubt.message)
+        if doubt.level == "error" and doubt.row is not None:
+            known.add(doubt.row)
+    scorers = [
+        ("answer", task.score),
+        *([("compat", task.compat)] if task.compat and split != "train" else []),
+    ]
+    marks: list[Marks | None] = [None, None]
+    for i, (field, score) in enumerate(scorers):
+        try:
+            whole = marks[i] = best_marks(score, examples)
+            if reader is not None:
+                marks[i] = cut_marks(
+                    score, examples, whole, lambda text: reader.cut(text, task.max_new_tokens)
+                )
+        except RetainError as error:
+            tell("error", None, field, f"score {score.name!r} cannot score this split: {error}")
+            marks[i] = None
+            continue
+        _tell_marks(task, examples, field, score.name, whole, marks[i] or whole, known, tell)
+    return marks[0], marks[1]
+
+
+class _Tell(Protocol):
+    def __call__(self, level: Level, row: int | None, field: str, message: str) -> None: ...
+
+
+def _doubts(task: Task, examples: Examples, tell: _Tell) -> Iterable[Doubt]:
+    """What the scorer itself says about the references; a scorer need not say anything."""
+    ask = getattr(task.score, "doubts", None)
+    try:
+        return list(ask(examples)) if ask is not None else []
+    except RetainError as error:
+        tell("error", None, "answer", str(error))
+        return []
+
+
+def _tell_marks(
+    task: Task,
+    examples: Examples,
+    field: str,
+    name: str,
+    whole: Marks,
+    cut: Marks,
+    known: set[int],
+    tell: _Tell,
+) -> None:
+    """One finding for each row whose references get nothing, or only until they are cut; one for all that get less."""
+    released = field == "compat"
+    zero: Level = "warning" if released else "error"
+    partial = []
+    for row, (mark, text) in enumerate(zip(whole.best, whole.text, strict=True)):
+        if not text or row in known:
+            continue
+        if mark <= 0:
+            tell(zero, row, field, f"score {name!r} gives the reference {_cut(text)} itself 0 of 100")
+        elif cut.best[row] < mark - 1e-9:
+            left = f"cut to {_cut(cut.text[row])} it gets {cut.best[row]:.3g} of {mark:.3g} by {name!r}"
+            level: Level = "error" if cut.best[row] <= 0 and not released else "warning"
+            tell(
+                level,
+                row,
+                "max_new_tokens",
+                f"the reference has more than {task.max_new_tokens} tokens: {left}",
             )
-        elif options and letters and all(ord(letter) - 65 >= len(options) for letter in letters):
-            yield finding(
-                "error", "options", f"the answer {letters[0]!r} is beyond the {len(options)} options"
-            )
-        elif not options:
-            yield finding("warning", "options", "no options are given: any letter is taken as a valid answer")
-    elif scorer == "exact" and all(len(a.split()) > 12 for a in answers):
-        yield finding(
-            "warning",
-            "answer",
-            f"score 'exact' on an answer of {len(answers[0].split())} words: hardly ever met",
-        )
+        elif mark < 100 - 1e-9:
+            partial.append(row)
+    if partial:
+        n, row = len(partial), partial[0]
+        mean = statistics.fmean(whole.best[r] for r in partial)
+        text = f"the best reference itself gets {mean:.1f} of 100 by {name!r} on average over {n} of {len(examples)} rows"
+        tell("warning", row, field, f"{text}; here {_cut(whole.text[row])} gets {whole.best[row]:.1f}")
+
+
+# -- the model's processor -------------------------------------------------------------------------------
+
+
+def _measured(task: Task, reader: Reader, found: list[Finding]) -> Iterator[Lengths]:
+    """Tokens of a sample of every split; what the processor refuses, or shows otherwise than meant, is a finding."""
+    for split, examples in _splits(task):
+        for i in sample(examples):
+            e = examples[i]
+
+            def tell(level: Level, message: str, split: str = split, i: int = i, e: Example = e) -> None:
+                found.append(Finding(level, task.name, split, i + 1, e.id, "model", message))
+
+            try:
+                yield reader.measure(e)
+                for remark in reader.remarks(e):
+                    tell("warning", remark)
+            except RetainError as error:
+                tell("error", f"the model's processor refuses it: {error}")
+
+
+def sample(examples: Examples) -> list[int]:
+    """Rows that are measured: all of a small split, else some, the longest texts, the narrowest pictures."""
+    n = len(examples)
+    if n <= MEASURED:
+        return list(range(n))
+    drawn = set(some(range(n), MEASURED - 2 * EXTREMES))
+    long = sorted(range(n), key=lambda i: -sum(len(m.text) for m in examples[i].messages))[:EXTREMES]
+    looked = some(range(n), LOOKED_AT)
+    narrow = sorted(looked, key=lambda i: -max(map(_narrowness, examples[i].images), default=0.0))[:EXTREMES]
+    return sorted(drawn | set(long) | set(narrow))
+
+
+def _narrowness(image: ImageSource) -> float:
+    """The longer side over the shorter one, by the header alone; 0 for what cannot be opened."""
+    if isinstance(image, Path):
+        seen, _ = picture.looked_at(image)
+        if seen is None:  # a broken picture is a finding of its own
+            return 0.0
+        w, h = seen.size
+        seen.close()
+    elif isinstance(image, np.ndarray):
+        h, w = image.shape[:2]
+    else:
+        w, h = image.size
+    return float(max(w, h) / max(1, min(w, h)))
 
 
 # -- between splits and tasks ----------------------------------------------------------------------------
@@ -263,10 +422,10 @@ def _balance(tasks: Sequence[Task]) -> Iterator[Finding]:
         if n and (n * 5 < middle or n > 5 * middle):
             text = f"{n} rows, the median task has {middle:.0f}: out of balance"
             yield Finding("warning", task.name, "train", 0, "", "", text)
-        answers = [_plain(e.answer) for e in task.test]
-        if len(answers) >= 20:
-            most = max(set(answers), key=answers.count)
-            share = answers.count(most) / len(answers)
+        answers = Counter(_plain(e.answer) for e in task.test)
+        if len(task.test) >= 20:
+            most, count = answers.most_common(1)[0]
+            share = count / len(task.test)
             if share > 0.8:
                 text = f"{share:.0%} of the answers are {_cut(most)}: always saying it scores as much"
                 yield Finding("warning", task.name, "test", 0, "", "answer", text)

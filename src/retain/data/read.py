@@ -9,6 +9,7 @@ links inside the root are the user's own and are followed.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,7 +98,23 @@ def _json(text: str, where: str) -> Any:
 def _row(item: Any, path: Path, number: int) -> Row:
     if not isinstance(item, dict):
         raise RetainError(f"{path}, row {number}: an object of fields is needed, not {_show(item)}")
+    if at := next(_not_finite(item), ""):
+        raise RetainError(f"{path}, row {number}, field '{at}': nan or infinity is no value; leave it out")
     return item
+
+
+def _not_finite(value: Any, at: str = "") -> Iterator[str]:
+    """Where a nan or an infinity stands in a row. Python's JSON reader takes NaN, which pandas writes for an empty cell,
+    and 1e999.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        yield at
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{at}.{key}" if at else str(key))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _not_finite(item, f"{at}[{i}]")
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
@@ -111,7 +128,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
             for item in batch.to_pylist():
                 number += 1
-                yield number, {k: v for k, v in item.items() if v is not None}
+                yield number, _row({k: v for k, v in item.items() if v is not None}, path, number)
     except pyarrow.ArrowException as error:
         raise RetainError(f"{path}: no readable parquet file: {error}") from None
 
@@ -264,6 +281,7 @@ def _placed(messages: list[Message], n_images: int, where: str) -> list[Message]
 def _meta(row: Row, where: str) -> dict[str, Any]:
     """What a scorer needs besides: options, box, image size, tolerance, source; CoIN's names translated."""
     meta: dict[str, Any] = dict(row["meta"]) if isinstance(row.get("meta"), dict) else {}
+    row = {**meta, **row}
     options = row.get("options", row.get("choices"))
     if options is not None:
         if isinstance(options, dict):
@@ -276,14 +294,22 @@ def _meta(row: Row, where: str) -> dict[str, Any]:
         meta["box"] = _numbers(box, 4, f"{where}, field 'answer_bbox'")
     if row.get("size") is not None:
         meta["size"] = _numbers(row["size"], 2, f"{where}, field 'size'")
-    meta.update({k: row[k] for k in ("tolerance", "relative_tolerance", "source") if row.get(k) is not None})
-    return meta
+    for key in ("tolerance", "relative_tolerance"):
+        if row.get(key) is not None:
+            meta[key] = _width(row[key], f"{where}, field '{key}'")
+    return meta | ({"source": row["source"]} if row.get("source") is not None else {})
+
+
+def _width(value: Any, at: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise RetainError(f"{at}: a number of 0 or more is needed, not {_show(value)}")
+    return float(value)
 
 
 def _numbers(value: Any, count: int, at: str) -> list[float]:
     """A list of numbers, or its text: CoIN stores boxes as "[x1,y1,x2,y2]"."""
     found = _json(value, at) if isinstance(value, str) else value
-    fits = isinstance(found, list) and len(found) == count
+    fits = isinstance(found, list) and len(found) == count and not any(_not_finite(found))
     if not fits or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in found):
         raise RetainError(f"{at}: {count} numbers are needed, not {_show(value)}")
     return [float(v) for v in found]

@@ -2,8 +2,10 @@
 
 CoIN: https://github.com/zackschen/CoIN (ETrain/Eval/LLaVA/CoIN); FCIT (DISCO) and HiDe-LLaVA (UCIT):
 https://github.com/Ghy0501/FCIT, https://github.com/Ghy0501/HiDe-LLaVA; MLLM-DCL:
-https://github.com/Ghy0501/MCITlib. Written from their behaviour; no code is taken over. Each docstring lists
-what is odd about the original.
+https://github.com/Ghy0501/MCITlib; MM-MergeBench: https://github.com/AuroraZengfh/RobustMerge (llava/eval).
+Written from their behaviour; no code is taken over. Each docstring lists what is odd about the original. All of
+them strip an answer when it is written down, as a model of ours does, and none strips it, or the reference, when
+it is scored.
 
 Not replicated, as one prediction per example is required here: CoIN's ImageNet scorer and the caption scorers
 pair prediction i with annotation i, so one dropped line shifts all that follow; CoIN's GQA skips a missing
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from retain.metrics import captions
 from retain.metrics.scorer import Judge, Scorer, per_corpus, per_sample
@@ -31,13 +34,16 @@ def _gold(example: Example) -> str:
 # ------------------------------------------------------------------------------------------------------- CoIN
 
 
-def _scienceqa_letter(text: str) -> str:
-    if text in tuple(LETTERS):
-        return text
-    if len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
-        return text[0]
-    single = re.findall(r"\b(\w)\b", text)
-    return single[0].upper() if single else "FAILED"
+def _leading_letter(text: str) -> str:
+    """The text itself where it is a letter, or its letter before ". "; "" for anything else."""
+    leads = len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". "
+    return text[0] if leads or text in tuple(LETTERS) else ""
+
+
+def _is_key(letter: str, example: Example) -> float:
+    """Whether the letter is the key's; a letter past the choices never is."""
+    allowed = LETTERS[: len(example.meta["options"])] if "options" in example.meta else LETTERS
+    return float(letter in tuple(allowed) and letter == _gold(example).strip()[:1].upper())
 
 
 @per_sample("compat_scienceqa", "letter parsed as CoIN does equals the key", strict=False)
@@ -47,9 +53,8 @@ def scienceqa(text: str, example: Example) -> float:
     Odd: "a cat" reads as A and "I think B" as I (wrong); the letters end at E; a letter past the choices is
     wrong.
     """
-    letter = _scienceqa_letter(text)
-    allowed = LETTERS[: len(example.meta["options"])] if "options" in example.meta else LETTERS
-    return float(letter in tuple(allowed) and letter == _gold(example).strip()[:1].upper())
+    words = re.findall(r"\b(\w)\b", text)
+    return _is_key(_leading_letter(text) or (words[0].upper() if words else ""), example)
 
 
 @per_sample(
@@ -77,12 +82,10 @@ def imagenet(text: str, example: Example) -> float:
     return float(gold in text or text in gold)
 
 
-@per_sample(
-    "compat_gqa", "lower case, trailing full stops and one leading space dropped, equals gold", strict=False
-)
+@per_sample("compat_gqa", "in lower case and without trailing full stops equals gold", strict=False)
 def gqa(text: str, example: Example) -> float:
-    """Equality. Odd: gold is not lower-cased; "yes. " (a space at the end) is wrong; ONE space goes."""
-    return float(text.rstrip(".").lower().removeprefix(" ") == _gold(example))
+    """Equality. Odd: gold is not lower-cased, so a gold with a capital is never met; "yes. " is wrong."""
+    return float(text.rstrip(".").lower() == _gold(example))
 
 
 def _same_upper(text: str, example: Example) -> float:
@@ -98,7 +101,7 @@ def ocrvqa(text: str, example: Example) -> float:
 
 def _released_box(text: str) -> Box | None:
     """Brackets removed, then the first and the last character dropped, then four floats between commas."""
-    inner = text.removeprefix(" ").replace("[", "").replace("]", "")[1:-1]
+    inner = text.replace("[", "").replace("]", "")[1:-1]
     try:
         values = [float(v) for v in inner.split(",")]
     except ValueError:  # unparsable is wrong, as in the original
@@ -113,10 +116,12 @@ def grounding(text: str, example: Example) -> float:
     Odd: after the brackets two more characters go, so "[0.10, 0.20, 0.50, 0.91]" ends at 0.9 and "[10, …]"
     starts at 0; inverted boxes are not refused.
     """
-    box = _released_box(text)
-    source = example.meta.get("box", _gold(example))
+    box, source = _released_box(text), example.meta.get("box", _gold(example))
     if isinstance(source, str):
-        source = [float(v) for v in source.replace("[", "").replace("]", "").split(",")]
+        try:
+            source = [float(v) for v in source.replace("[", "").replace("]", "").split(",")]
+        except ValueError:  # the original ends here; a reference without a box is the doctor's to find
+            return 0.0
     if box is None or len(source) != 4:
         return 0.0
     side = float(max(example.meta.get("size", (1.0, 1.0))))
@@ -125,12 +130,6 @@ def grounding(text: str, example: Example) -> float:
 
 
 # ---------------------------------------------------------------------------------------------- FCIT and UCIT
-
-
-def _same(text: str, example: Example) -> float:
-    """Equality, case included. Odd: nothing is normalised but outer spaces. Whether the originals of AOKVQA,
-    IconQA and TabMWP ignore case is not certain: the repositories of this lineage differ."""
-    return float(text.strip() == _gold(example).strip())
 
 
 def _inside(text: str, example: Example) -> float:
@@ -178,13 +177,39 @@ def dcl_fin(text: str, example: Example) -> float:
     return float("Unanswerable" not in text and _gold(example).lower() == answer)
 
 
+def _near(text: str, example: Example) -> float:
+    """MLLM-DCL RS and AD (the release scores both with its AI2D script), case ignored.
+
+    A gold with a space: it is inside the answer. A gold without: its full stops go; an answer of one word holds
+    it anywhere, a longer one holds it after a space, or before a space, full stop or comma.
+
+    Odd: a border on ONE side is enough ("car" is in "a cartoon"), and an answer of one word needs none ("no" is
+    in "unknown"); gold "." is met by everything; no answer with "Unanswerable" is right.
+    """
+    answer, gold = text.lower(), _gold(example).lower()
+    if "Unanswerable" in text:
+        return 0.0
+    if " " in gold:
+        return float(gold in answer)
+    gold = gold.replace(".", "")
+    met = (f" {gold}", f"{gold} ", f"{gold}.", f"{gold},") if " " in answer else (gold,)
+    return float(any(m in answer for m in met))
+
+
+def _source(example: Example) -> str:
+    """Which data set a question of MLLM-DCL Sci is from: what its image's name begins with."""
+    image = example.images[0] if example.images else None
+    own = image.name.split("_")[0] if isinstance(image, Path) else ""
+    return str(example.meta.get("source", own))
+
+
 @per_sample(
     "compat_dcl_sci",
     "AI2D, TQA, VQA, SciVerse: equality; map questions: share of states, or containment",
     strict=False,
 )
 def dcl_sci(text: str, example: Example) -> float:
-    """MLLM-DCL Sci. `meta["source"]` is the image name's prefix, e.g. "AI2D" (map questions: anything else).
+    """MLLM-DCL Sci. `meta["source"]`, or the image's name up to "_", is e.g. "AI2D" (map questions: any other).
 
     Odd: "Which states" questions split at commas without stripping, so "a, b" holds "a" and " b"; no points
     are lost for wrong states; other map questions accept any answer that contains gold.
@@ -192,7 +217,7 @@ def dcl_sci(text: str, example: Example) -> float:
     if "Unanswerable" in text:
         return 0.0
     answer, gold = text.lower(), _gold(example).lower()
-    if example.meta.get("source") in {"AI2D", "TQA", "VQA", "SciVerse"}:
+    if _source(example) in {"AI2D", "TQA", "VQA", "SciVerse"}:
         return float(gold == answer)
     if "Which states" in example.question:
         states = gold.split(",")
@@ -200,14 +225,44 @@ def dcl_sci(text: str, example: Example) -> float:
     return float(gold in answer)
 
 
+# ---------------------------------------------------------------------------------------------- MM-MergeBench
+
+
+@per_sample("compat_mm_scienceqa", "letter parsed as RobustMerge does equals the key", strict=False)
+def mm_scienceqa(text: str, example: Example) -> float:
+    """The text itself, or before ". ", else the one "The answer is X." (also HiDe-LLaVA's and MCITlib's CoIN).
+
+    Odd: the full stop stands for any character, so "The answer is B" at the end of the text is no answer and
+    "The answer is Bob" is B; two such sentences are none, even with one letter; case matters.
+    """
+    named = re.findall(r"The answer is ([A-Z]).", text)
+    return _is_key(_leading_letter(text) or (named[0] if len(named) == 1 else ""), example)
+
+
+@per_sample(
+    "compat_mm_imagenet",
+    "label is in the answer OR the answer in the label, ignoring case",
+    strict=False,
+)
+def mm_imagenet(text: str, example: Example) -> float:
+    """ImageNet and ImageNet-R: two-way containment. Odd: an EMPTY answer is correct; no word boundaries."""
+    gold, answer = _gold(example).upper(), text.upper()
+    return float(gold in answer or answer in gold)
+
+
 def _many(judge: Judge, formula: str, *names: str) -> list[Scorer]:
     return [per_sample(f"compat_{name}", formula, strict=False)(judge) for name in names]
 
 
+UPPER = (
+    "vizwiz", "vqav2", "imagenet_r", "arxivqa", "iconqa", "clevr", "aokvqa", "super_clevr", "tabmwp",
+)  # fmt: skip
+
 _ALL: list[Scorer] = [
     *(scienceqa, textvqa, imagenet, gqa, ocrvqa, grounding, caption, dcl_med, dcl_fin, dcl_sci),
-    *_many(_same_upper, "equality ignoring case with the single answer", "vizwiz", "vqav2", "imagenet_r"),
-    *_many(_same, "equality, case included", "arxivqa", "iconqa", "clevr", "aokvqa", "super_clevr", "tabmwp"),
+    *(mm_scienceqa, mm_imagenet),
+    *_many(_same_upper, "equality ignoring case with the single answer", *UPPER),
+    *_many(_near, "gold is in the answer, beside a space, full stop or comma", "dcl_rs", "dcl_ad"),
     *_many(_inside, "the answer is a substring of gold, ignoring case", "figureqa", "dvqa"),
 ]
 COMPAT: dict[str, Scorer] = {s.name: s for s in _ALL}

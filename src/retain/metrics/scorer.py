@@ -5,9 +5,10 @@ Strict scorers never give a point to an empty answer; compat scorers replicate r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from retain.stream import Doubt
 from retain.types import Example, RetainError
 
 Judge = Callable[[str, Example], float]
@@ -16,17 +17,27 @@ Judge = Callable[[str, Example], float]
 Batch = Callable[[Sequence[str], Sequence[Example]], list[float]]
 """All predictions and examples in, one number per sample out."""
 
+Doubts = Callable[[Sequence[Example]], Iterable[Doubt]]
+"""Examples in, what of them cannot be scored as meant out."""
+
+
+def no_doubts(examples: Sequence[Example]) -> Iterable[Doubt]:
+    """Nothing to say."""
+    return ()
+
 
 @dataclass(eq=False)  # not frozen: the Score protocol declares writable attributes
 class Scorer:
     """A `retain.stream.Score`. `batch` does the work; `strict` says that an empty answer gets 0 before it is
-    asked.
+    asked, `pooled` that a sample's score depends on the others; `doubts` finds references that cannot score.
     """
 
     name: str
     formula: str
     batch: Batch
     strict: bool = True
+    pooled: bool = False
+    doubts: Doubts = no_doubts
 
     def __call__(self, predictions: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """One number per sample, in order, 0..100 (`cider` and `compat_caption`: see their formulas).
@@ -45,14 +56,16 @@ class Scorer:
         return values
 
 
-def per_sample(name: str, formula: str, *, strict: bool = True) -> Callable[[Judge], Scorer]:
+def per_sample(
+    name: str, formula: str, *, strict: bool = True, doubts: Doubts = no_doubts
+) -> Callable[[Judge], Scorer]:
     """Turn a judge (0..1 for one sample) into a Scorer (0..100 for many)."""
 
     def wrap(judge: Judge) -> Scorer:
         def batch(texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
             return [100.0 * float(judge(t, e)) for t, e in zip(texts, examples, strict=True)]
 
-        return Scorer(name, formula, batch, strict)
+        return Scorer(name, formula, batch, strict, doubts=doubts)
 
     return wrap
 
@@ -61,6 +74,6 @@ def per_corpus(name: str, formula: str, *, strict: bool = True) -> Callable[[Bat
     """Turn a function over the whole test set into a Scorer; for scores that need corpus statistics."""
 
     def wrap(batch: Batch) -> Scorer:
-        return Scorer(name, formula, batch, strict)
+        return Scorer(name, formula, batch, strict, pooled=True)
 
     return wrap

@@ -1,4 +1,4 @@
-"""Reading answers: normal forms, the EvalAI answer processor, numbers and boxes.
+"""Reading answers: normal forms, the EvalAI answer processor, whole words, numbers, boxes, edit distance.
 
 `evalai` follows the VQA evaluation (Antol et al., ICCV 2015, https://visualqa.org/evaluation.html) in the
 form of Pythia's M4C evaluator, which LLaVA and CoIN use. Everything else is ours.
@@ -10,12 +10,18 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
+
+from retain.metrics.grammar import UNSPACED, stances
+from retain.metrics.numerals import numerals, prepared, written
+
+REMEMBERED = 1 << 16
+"""Texts whose reading is kept: the same short answers come again and again."""
 
 Box = tuple[float, float, float, float]
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_VALUE = {word: str(i) for i, word in enumerate(NUMBER_WORDS)}
-_EVALAI_NUMBERS = {**_VALUE, "none": "0"}
+_EVALAI_NUMBERS = {**{word: str(i) for i, word in enumerate(NUMBER_WORDS)}, "none": "0"}
 _ARTICLES = frozenset({"a", "an", "the"})
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
@@ -45,11 +51,13 @@ def _contractions() -> dict[str, str]:
 CONTRACTIONS = _contractions()
 
 
+@lru_cache(REMEMBERED)
 def normal(text: str) -> str:
-    """Compatibility-composed, case-folded, one space between words, no trailing full stops."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(". ")
+    """Compatibility-composed (`numerals.written`), case-folded, one space between words, no trailing full stops."""
+    return " ".join(written(text).casefold().split()).rstrip(".\u3002 ")
 
 
+@lru_cache(REMEMBERED)
 def evalai(text: str) -> str:
     """The EvalAI normal form of an answer.
 
@@ -70,32 +78,118 @@ def evalai(text: str) -> str:
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in _ARTICLES)
 
 
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?(?!\w)", re.IGNORECASE)
-_FRACTION = re.compile(r"(?<![\w./])([-+]?\d+)\s*/\s*(\d+)(?![\w/])")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# -- whole words -----------------------------------------------------------------------------------------
+
+_LETTER = re.compile(f"[^\\W{UNSPACED}]")
+
+
+def whole(text: str, start: int, end: int) -> bool:
+    """Whether text[start:end] stands there as words or numbers of its own.
+
+    Two letters or digits side by side are one word, unless one of them is of a script without spaces. A digit
+    also belongs to the decimal, fraction, power, date or range that it touches, and to its minus sign. A
+    combining mark belongs to the letter before it, and "can" is not in "can't".
+    """
+    left, first, last, right = text[start - 1 : start], text[start], text[end - 1], text[end : end + 1]
+    if _one_word(left, first) or _one_word(last, right):
+        return False
+    if right and unicodedata.category(right).startswith("M"):
+        return False
+    if last.isalpha() and re.match(r"['\u2019]t\b", text[end : end + 3], re.IGNORECASE):
+        return False
+    return not (_in_number_before(text, start) or _in_number_behind(text, end))
+
+
+def _one_word(a: str, b: str) -> bool:
+    return bool(a and b and _LETTER.match(a) and _LETTER.match(b))
+
+
+def _in_number_before(text: str, start: int) -> bool:
+    if not text[start].isdigit():
+        return text[start] in "+-" and start > 0 and text[start - 1].isalnum()
+    before = text[:start][-2:]
+    if re.search(r"\d[.,/:^'\u2019\u2013-]$|[._^\u221a\u00b1]$", before):
+        return True
+    return bool(re.search(r"(?:^|\W)-$", before)) or (before[-1:] == "\u2013" and not before[:-1].strip())
+
+
+def _in_number_behind(text: str, end: int) -> bool:
+    return text[end - 1].isdigit() and bool(re.match(r"[.,/:'\u2019\u2013-]\d|\^|_\d", text[end : end + 2]))
+
+
+@lru_cache(REMEMBERED)
+def _pattern(label: str) -> re.Pattern[str]:
+    return re.compile(r"\s+".join(map(re.escape, label.split())), re.IGNORECASE)
+
+
+def places(label: str, text: str) -> list[tuple[int, int]]:
+    """Where a normalised label stands in a text as whole words."""
+    if not label:
+        return []
+    return [m.span() for m in _pattern(label).finditer(text) if whole(text, *m.span())]
+
+
+def said(label: str, text: str) -> bool:
+    """Whether a text holds a normalised label as whole words, somewhere without denying it."""
+    spans = places(label, text)
+    return bool(spans) and any(not s.denied for s in stances(text, spans))
+
+
+# -- numbers and boxes -----------------------------------------------------------------------------------
 
 
 def numbers(text: str) -> list[float]:
-    """All numbers in a text, in order: signs, decimals, exponents, thousands commas, a/b, the words
-    zero..ten.
+    """All numbers of a text that stand apart from letters, in order, whatever is claimed of them
+    (`retain.metrics.numerals`).
     """
-    text = _THOUSANDS.sub(
-        "", unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2044", "/")
-    )
-    text = _FRACTION.sub(lambda m: repr(int(m[1]) / int(m[2])) if int(m[2]) else m[0], text)
-    text = re.sub(r"[A-Za-z]+", lambda m: _VALUE.get(m[0].lower(), m[0]), text)
-    return [float(n) for n in _NUMBER.findall(text)]
+    return [n.value for n in numerals(prepared(text))]
+
+
+_BOUND_BEFORE = re.compile(
+    r"(?:\b(?:more|less|fewer|greater|larger|bigger|smaller|higher|lower|older|younger)\s+than(?:\s+or\s+equal\s+to)?"
+    r"|\bat\s+(?:least|most)|\bup\s+to|\b(?:over|under|above|below|exceeding|exceeds)|[<>\u2264\u2265])\s*[$\u20ac\u00a3]?\s*$",
+    re.IGNORECASE,
+)
+_BOUND_BEHIND = re.compile(
+    r"\s*\+(?!\s*\d)|\s+or\s+(?:more|less|fewer|above|below|higher|lower|older|younger)\b", re.I
+)
+
+
+def stated(text: str) -> set[float]:
+    """The numbers that an answer claims: not denied ("not 5"), no mere bound ("more than 5", "5+")."""
+    text = prepared(text)
+    found = numerals(text, glued=True)
+    if not found:
+        return set()
+    kept = stances(text, [(n.start, n.end) for n in found])
+    return {
+        n.value
+        for n, stance in zip(found, kept, strict=False)
+        if not stance.denied
+        and not _BOUND_BEFORE.search(text[: n.start][-40:])
+        and not _BOUND_BEHIND.match(text[n.end :])
+    }
+
+
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?(?!\w)", re.IGNORECASE)
+
+
+def four_numbers(source: str | Sequence[float]) -> Box | None:
+    """Four finite numbers, whatever they mean; None for anything else."""
+    try:
+        found = _NUMBER.findall(source) if isinstance(source, str) else list(source)
+        values = [float(v) for v in found]
+    except (TypeError, ValueError):
+        return None
+    if len(values) != 4 or not all(math.isfinite(v) for v in values):
+        return None
+    return (values[0], values[1], values[2], values[3])
 
 
 def parse_box(source: str | Sequence[float]) -> Box | None:
     """Four finite numbers x1, y1, x2, y2 with x1 < x2 and y1 < y2; None for anything else."""
-    values = (
-        [float(n) for n in _NUMBER.findall(source)] if isinstance(source, str) else [float(v) for v in source]
-    )
-    if len(values) != 4 or not all(math.isfinite(v) for v in values):
-        return None
-    x1, y1, x2, y2 = values
-    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+    box = four_numbers(source)
+    return box if box and box[0] < box[2] and box[1] < box[3] else None
 
 
 def iou_of(a: Box, b: Box) -> float:
@@ -107,3 +201,23 @@ def iou_of(a: Box, b: Box) -> float:
     both = across * down
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
     return both / union if union > 0 else 0.0
+
+
+def edits(a: str, b: str) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions (Myers 1999, in the form of Hyyro 2003)."""
+    if a == b or not a or not b:
+        return 0 if a == b else max(len(a), len(b))
+    top, full = 1 << (len(a) - 1), (1 << len(a)) - 1
+    where: dict[str, int] = {}
+    for i, c in enumerate(a):
+        where[c] = where.get(c, 0) | 1 << i
+    up, down, distance = full, 0, len(a)  # rows that rise by one, rows that fall by one
+    for c in b:
+        match = where.get(c, 0)
+        same = (((match & up) + up) ^ up) | match | down
+        right_up, right_down = down | ~(same | up), up & same
+        distance += bool(right_up & top) - bool(right_down & top)
+        right_up = right_up << 1 | 1
+        up = (right_down << 1 | ~(same | right_up)) & full
+        down = right_up & same & full
+    return distance

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +31,7 @@ from retain.method import Context, Method
 from retain.metrics.matrix import AccuracyMatrix
 from retain.models.base import Model
 from retain.run.engine import Engine, peak_memory
-from retain.run.evaluate import EvalOptions, cell_key, evaluate, plan
+from retain.run.evaluate import EvalOptions, cell_key, evaluate, plan, score
 from retain.run.store import Row, RunDir, TunedDir, differences, empty, safe
 from retain.run.train import FitStats, Optim, fit
 from retain.stream import Stream, Task
@@ -49,6 +49,7 @@ class Watcher(Protocol):
     def advance(self, n: int) -> None: ...
     def row(self, name: str, scores: Mapping[str, float]) -> None: ...
     def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
 
 
 class Silent:
@@ -60,6 +61,7 @@ class Silent:
     def advance(self, n: int) -> None: ...
     def row(self, name: str, scores: Mapping[str, float]) -> None: ...
     def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
 
 
 Cell = dict[str, Any]
@@ -111,6 +113,10 @@ def run(
     r = Running(model, stream, method, optim, options, store, engine, watch, seed, tuned)
     _same_setting(r)
     if store.done:
+        if engine.main and (changed := changes(store, stream)):
+            watch.warn(
+                f"{store.path} is finished, and its scores are those of its own answer key: {said(changed)}"
+            )
         return AccuracyMatrix.from_json(read_record(store.path / "matrix.json", "tasks", "values"))
     stages = check(r)
     with store.locked():
@@ -383,24 +389,9 @@ def _describe(r: Running) -> None:
     Images given as paths count by name and size only (`retain.types.digest`): reading all of them would take
     minutes.
     """
-    r.data |= {t.name: t.digest() for t in r.stream.all}
+    _describe_data(r)
     if not r.engine.main:
         return
-    data = {
-        t.name: {"train": len(t.train), "test": len(t.test), "score": t.score.name, "digest": r.data[t.name]}
-        for t in r.stream.all
-    }
-    file = r.store.path / "data.json"
-    old = read_record(file) if file.is_file() else data
-    changed = [n for n in data if old.get(n, {}).get("digest") != data[n]["digest"]]
-    if changed or list(old) != list(data):
-        raise RetainError(
-            f"{r.store.path}: the data of {changed or 'the stream'} changed since this run began"
-        )
-    if not file.is_file():
-        write_json(file, data)
-        if r.stream.published is not None:
-            write_json(r.store.path / "published.json", asdict(r.stream.published))
     file, made = r.store.path / "setting.json", setting(r)
     if not file.is_file() or read_record(file) != made:
         write_json(file, made)
@@ -410,6 +401,100 @@ def _describe(r: Running) -> None:
         raise RetainError(f"{r.store.path}: this run began with base model {old['model']}, not {base}")
     if not file.is_file():
         write_json(file, {**environment(), "model": base, "seed": r.seed})
+
+
+def _describe_data(r: Running) -> None:
+    """data.json, and the digests that the cells of this run are known by."""
+    file, now = r.store.path / "data.json", _hashes(r.stream.all)
+    old = read_record(file) if file.is_file() else None
+    former = old is not None and not all("data" in entry for entry in old.values())
+    r.data |= {name: entry["data" if former else "digest"] for name, entry in now.items()}
+    if not r.engine.main:
+        return
+    if old is None:
+        write_json(file, now)
+        if r.stream.published is not None:
+            write_json(r.store.path / "published.json", asdict(r.stream.published))
+        return
+    changed = _changes(old, now)
+    if changed or list(old) != list(now):
+        raise RetainError(
+            f"{r.store.path}: {said(changed)} changed since this run began; choose another folder with out=DIR"
+        )
+    if former:
+        _same_scores(r)
+
+
+def _hashes(tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+    """What data.json says: of the data alone (`data`), and of all that decides a score (`digest`)."""
+    return {
+        t.name: {
+            "train": len(t.train), "test": len(t.test), "score": t.score.name,
+            "data": t.data_digest(), "digest": t.digest(),
+        }
+        for t in tasks
+    }  # fmt: skip
+
+
+def changes(store: RunDir, stream: Stream) -> dict[str, str]:
+    """What is no more as a run's folder has it, by task: its data, or its answer key."""
+    file = store.path / "data.json"
+    return _changes(read_record(file), _hashes(stream.all)) if file.is_file() else {}
+
+
+DATA, KEY = "data", "answer key in the data"
+"""What of a task may change: questions, pictures, references; what else a scorer reads, and the scorers themselves."""
+
+
+def _changes(old: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """A folder of an earlier version has no `data`: its `digest` is that of the data alone."""
+    out = {}
+    for name, entry in now.items():
+        then = old.get(name, {})
+        if then.get("data", then.get("digest")) != entry["data"]:
+            out[name] = DATA
+        elif "data" in then and then["digest"] != entry["digest"]:
+            out[name] = KEY
+    return out
+
+
+def said(changed: Mapping[str, str]) -> str:
+    """What changed, as one phrase."""
+    names = {kind: [n for n, k in changed.items() if k == kind] for kind in (DATA, KEY)}
+    more = {DATA: "", KEY: " (options, boxes, tolerances, or a scorer)"}
+    parts = [f"the {kind} of {found}{more[kind]}" for kind, found in names.items() if found]
+    return " and ".join(parts) or "the data of the stream"
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _same_scores(r: Running) -> None:
+    """Refuse to go on where saved answers score otherwise now: half a matrix would be made with another key.
+
+    For folders of an earlier version, which say nothing of the answer key.
+    """
+    for row in r.store.rows():
+        for task in r.stream.all:
+            cell, path = row.cells().get(task.name), row.predictions(task.name)
+            if cell is None or not path.is_file():
+                continue
+            saved = {line["id"]: line["prediction"] for line in read_jsonl(path)}
+            if any(e.id not in saved for e in task.test):
+                continue  # a torn file is made again
+            scored = score(task, [saved[e.id] for e in task.test])
+            now = {"score": _mean(p.score for p in scored)}
+            if task.compat:
+                now["compat"] = _mean(p.compat or 0.0 for p in scored)
+            for name, value in now.items():
+                if (then := cell.get(name)) is not None and abs(value - then) > 1e-6:
+                    raise RetainError(
+                        f"{r.store.path}: task {task.name!r}: the answers saved in {row.path.name} now have {name} "
+                        f"{value:.2f}, and had {then:.2f}: the answer key or the rule of its scorer changed since; "
+                        "choose another folder with out=DIR"
+                    )
 
 
 def environment() -> dict[str, Any]:

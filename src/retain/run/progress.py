@@ -95,6 +95,10 @@ class Progress:
         if not self._quiet:
             self._say(text)
 
+    def warn(self, text: str) -> None:
+        """A line that is shown even where only the result is."""
+        self._say(text)
+
     def close(self) -> None:
         """Give the terminal back. Safe to call twice."""
         self._stop_bars()
