@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from retain import method as methods
-from retain.config import FilesSpec, Recipe, TaskSpec, benchmark_call, prefixed
+from retain.config import FilesSpec, Recipe, TaskSpec, benchmark_call
 from retain.data import read
 from retain.method import Method
 from retain.metrics import score
 from retain.run.engine import Engine
 from retain.stream import Stream, Task
 from retain.types import RetainError
-from retain.values import Plain, fill
+from retain.values import Plain, fill, prefixed
 
 if TYPE_CHECKING:
     from retain.models.hf import HFModel

@@ -149,11 +149,7 @@ def doctor(
     from retain.metrics import render
     from retain.types import RetainError
 
-    if (recipe is None) == (model is None):
-        raise RetainError(
-            "doctor: name a recipe, whose data are looked at, or --model with a model to compare"
-        )
-    if model is not None:
+    if model is not None and recipe is None:
         findings, passed = of_data.compared(model)
         render.show(findings, f"{model}: retain beside Hugging Face's own call")
         raise typer.Exit(0 if passed else 1)

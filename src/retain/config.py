@@ -12,11 +12,11 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from retain import benchmarks
 from retain.adapters.kinds import KINDS, Spec
@@ -26,9 +26,7 @@ from retain.run.evaluate import EvalOptions
 from retain.run.track import TRACKERS
 from retain.run.train import Optim
 from retain.types import RetainError
-from retain.values import Plain, fill, kind, near, override, read_yaml, typed
-
-T = TypeVar("T")
+from retain.values import Plain, fill, kind, near, override, prefixed, read_yaml, typed
 
 
 @dataclass(frozen=True)
@@ -267,14 +265,6 @@ def _adapter(data: Plain, where: str) -> Spec:
     if name not in KINDS:
         raise RetainError(f"{where}.kind: no adapter kind {name!r}{near(str(name), KINDS)}")
     return fill(KINDS[name], {k: v for k, v in data.items() if k != "kind"}, where)
-
-
-def prefixed(where: str, call: Callable[[], T]) -> T:
-    """What `call` gives; its RetainError says where in the recipe."""
-    try:
-        return call()
-    except RetainError as error:
-        raise type(error)(f"{where}: {error}") from None
 
 
 # -- paths -----------------------------------------------------------------------------------------------

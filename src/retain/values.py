@@ -10,7 +10,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
@@ -192,3 +192,11 @@ def kind(value: Any) -> str:
     names = {dict: "a mapping", list: "a list", str: "text", type(None): "nothing", bool: "true/false"}
     name = names.get(type(value), "a number")
     return name if value is None or isinstance(value, dict | list) else f"{name} ({value!r})"
+
+
+def prefixed(where: str, call: Callable[[], T]) -> T:
+    """What `call` gives; its RetainError says where in the recipe."""
+    try:
+        return call()
+    except RetainError as error:
+        raise type(error)(f"{where}: {error}") from None
