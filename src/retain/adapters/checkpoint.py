@@ -74,7 +74,7 @@ class Checkpoint:
     @cached_property
     def model(self) -> Any:
         """The model of the stock class without weights (on the meta device); none where the class is not stock."""
-        return bare(self.config)
+        return bare(self.config, self.folder)
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -168,14 +168,14 @@ class Checkpoint:
         return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
 
 
-def bare(config: Mapping[str, Any]) -> Any:
+def bare(config: Mapping[str, Any], folder: Path) -> Any:
     """A model of the stock class that a config.json names, on the meta device; none where there is no such class."""
     import transformers
     from transformers import AutoConfig
 
     names = config.get("architectures") or []
     kind = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
-    if kind is None or not config.get("model_type") or config.get("auto_map"):
+    if kind is None or not config.get("model_type"):
         return None
     fields = {k: v for k, v in config.items() if k != "model_type"}
     try:
@@ -183,7 +183,7 @@ def bare(config: Mapping[str, Any]) -> Any:
         with torch.device("meta"):
             return kind(made)
     except Exception as error:  # whatever a config that no stock class accepts raises
-        raise RetainError(f"config.json: no {names[0]} can be built from it: {error}") from None
+        raise RetainError(f"{folder / 'config.json'}: no {names[0]} can be built from it: {error}") from None
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
