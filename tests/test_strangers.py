@@ -1,4 +1,4 @@
-"""Adapters that strangers bring: for every folder that merging writes, stock PEFT on the stock base gives the logits promised.
+"""Adapters that strangers bring: what merging writes gives, in stock PEFT on the stock base, the logits promised.
 
 What goes in is made by stock PEFT on a stock model. What is promised is computed in plain torch from the live modules
 of that model: dense changes per weight, merged, added to a stock model's weights. What is compared are logits.
@@ -273,6 +273,21 @@ def test_with_the_base_and_merged_into_it(kind: str, name: str, tmp_path: Path) 
     torch.testing.assert_close(logits(whole), want, atol=TOLERANCE, rtol=0)
 
 
+def test_a_base_with_the_names_of_transformers_4(tmp_path: Path) -> None:
+    """As the published llava-hf files have them: language_model.model, vision_tower.vision_model."""
+    base, old = saved(tmp_path), tmp_path / "old"
+    base.rename(old)
+    tensors = load_file(old / "model.safetensors")
+    save_file({k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in tensors.items()},
+              old / "model.safetensors", {"format": "pt"})  # fmt: skip
+    given = [stranger(tmp_path / f"a{i}", i, target_modules="all-linear") for i in range(2)]
+    merge_checkpoint([tmp_path / "a0", tmp_path / "a1"], "ties", tmp_path / "whole", weights=TWO, base=old)
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole").eval()
+    torch.testing.assert_close(logits(whole), logits(promised(given, "ties", TWO)), atol=TOLERANCE, rtol=0)
+    written, given_names = (load_file(f / "model.safetensors").keys() for f in (tmp_path / "whole", old))
+    assert written == given_names
+
+
 @pytest.mark.parametrize("name", [n for n, m in available_mergers().items() if not m.per_module])
 def test_every_merger(name: str, tmp_path: Path) -> None:
     """Language model, tower and projector, unequal scales; the projector as a full copy."""
@@ -516,7 +531,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "B without A": (
         broken(lambda t: {k: v for k, v in t.items() if k != KEY}), r"q_proj\.lora_B\.weight is no pair: .*no lora_A"),
     "an unknown key": (
-        broken(lambda t: t | {"base_model.model.odd.weight": torch.ones(2)}), r"base_model\.model\.odd\.weight has no place"),
+        broken(lambda t: t | {"base_model.model.odd.weight": torch.ones(2)}), r"model\.odd\.weight has no place"),
     "a parameter of another method": (
         broken(lambda t: t | {KEY.replace("lora_A.weight", "lora_diag"): torch.ones(4)}), r"q_proj\.lora_diag has no place"),
     "two adapters": (
@@ -535,6 +550,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "alpha absent": (broken(config=lambda c: {k: v for k, v in c.items() if k != "lora_alpha"}), r"lora_alpha is missing"),
     "alpha a word": (field(lora_alpha="16"), r"lora_alpha: '16' is no finite number"),
     "alpha infinite": (field(lora_alpha=float("inf")), r"lora_alpha: inf is no finite number"),
+    "alpha without end": (field(lora_alpha=10**400), r"lora_alpha: 10{400} is no finite number"),
     "r null": (field(r=None), r"r: None is no rank"),
     "r zero": (field(r=0), r"r: 0 is no rank"),
     "r that disagrees": (field(r=7), r"_proj has rank 4, but adapter_config\.json says 7"),

@@ -147,7 +147,13 @@ class Checkpoint:
         for known in (name, self.tied.get(name), next((t for t, s in self.tied.items() if s == name), None)):
             if known in self.keys:
                 return self.keys[known]
-        raise RetainError(f"{self.folder}: no weight {name!r} in {[s.name for s in self.shards][:3]}")
+        pieces = next((k for k in self.keys if k.startswith(f"{name} (in pieces")), None)
+        told = (
+            f"{pieces}, which transformers puts together; merge into an adapter instead"
+            if pieces
+            else f"no weight {name!r}"
+        )
+        raise RetainError(f"{self.folder}: {told}")
 
     def tensor(self, name: str) -> Tensor:
         """A parameter as it is stored; a quantised one is refused by name."""

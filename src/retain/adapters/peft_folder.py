@@ -264,7 +264,7 @@ def compiled(text: str, where: str) -> re.Pattern[str]:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30  # NaN is not
 
 
 def _rank(value: object) -> bool:

@@ -174,7 +174,8 @@ def _own_weights(opened: Sequence[PeftFolder], base: Checkpoint | None) -> None:
                 continue
             got = a.tensor(a.own[path, leaf])
             wanted = got if wanted is None else wanted
-            if got.shape != wanted.shape or not torch.equal(got.to(wanted.dtype), wanted):
+            same = torch.equal(got.to(wanted.dtype), wanted) or torch.equal(got, wanted.to(got.dtype))
+            if not same:  # not even but for rounding
                 raise RetainError(
                     f"{a.folder}: {a.own[path, leaf]} holds other weights than "
                     f"{base.folder if base else opened[0].folder}: resized or trained embeddings cannot be merged"
@@ -351,7 +352,7 @@ def merge_folders(folders: Sequence[str | Path], method: str, to: str | Path, **
                 leaf = "lora_B.bias" if kind == "lora_bias" else kind
                 tensors[f"{PREFIX}{path}.{leaf}"] = _cast(merged, dtype, path)
                 copies += kind != "lora_bias"
-        for (path, leaf), key in first.own.items():
+        for (path, leaf), key in first.own.items() if made.base is None else ():  # else the base has them
             inner = f"{path}.base_layer.{leaf}" if path in ranks else f"{path}.{leaf}"
             tensors[f"{PREFIX}{inner}"] = first.tensor(key)
         save_file(tensors, part / WEIGHTS, {"format": "pt", "retain_base": first.base})
