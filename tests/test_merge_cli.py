@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,23 @@ def test_files_have_the_permissions_that_the_user_asks_for(
     for folder in ("out", "whole", "mine", "merged", "rows"):
         files = [p for p in (tmp_path / folder).rglob("*") if p.is_file()]
         assert files and {oct(p.stat().st_mode & 0o777) for p in files} == {oct(0o666 & ~umask)}, folder
+
+
+def test_ctrl_c_inside_compiled_code_is_ctrl_c(
+    adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors swallows it while it reads, and fails with a ValueError of its own."""
+
+    def reads(*args: Any, **kwargs: Any) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("retain.merge.folders.save_file", reads)
+    done = call("merge", *adapters, "--to", tmp_path / "out")
+    assert done.exit_code == 130 and "starts again from the beginning" in done.output
+    assert signal.getsignal(signal.SIGINT) is before and not list(tmp_path.glob("*out*"))
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])
