@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny
 from retain import cli
 from retain.adapters.bank import Mix
-from retain.adapters.peft_format import load_peft, save_peft
+from retain.adapters.peft_format import load_peft, merge_into_base, save_peft
+from retain.files import write_atomic
 from retain.models.hf import HFModel
 
 
@@ -103,6 +108,88 @@ def test_errors_are_one_line_and_leave_nothing(
     done = call("merge", *adapters, *words, "--to", tmp_path / "out")
     assert done.exit_code == 2 and told in done.output.replace("\n", " ")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_killed_merge_is_swept_at_the_next_run(adapters: list[Path], tmp_path: Path) -> None:
+    """What a process left that no longer lives; what a living one writes is left alone, and so is everything else."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    dead, alive = tmp_path / f".out.part-{gone.pid}", tmp_path / f".out.part-{os.getppid()}"
+    others = [
+        alive,
+        tmp_path / f".other.part-{gone.pid}",
+        tmp_path / ".out.part-mine",
+        tmp_path / "out.part-1",
+    ]
+    for folder in (dead, *others):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(b"half")
+    assert call("merge", *adapters, "--to", tmp_path / "out").exit_code == 0
+    assert not dead.exists() and all(len(list(o.iterdir())) == 1 for o in others)
+    (tmp_path / f".late.part-{os.getpid()}").mkdir()  # a namesake in an earlier life of this number
+    assert call("merge", *adapters, "--to", tmp_path / "late").exit_code == 0
+    assert not (tmp_path / f".late.part-{os.getpid()}").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_permissions_that_the_user_asks_for(
+    umask: int, adapters: list[Path], tmp_path: Path
+) -> None:
+    """safetensors makes files that only their owner can read; a shared folder needs others to."""
+    before = os.umask(umask)
+    try:
+        base = tmp_path / "base"
+        assert call("merge", *adapters, "--to", tmp_path / "out").exit_code == 0
+        assert call("merge", *adapters, "--merged", "--base", base, "--to", tmp_path / "whole").exit_code == 0
+        model = tiny.model()
+        tiny.fill(model.adapters, "a")
+        save_peft(model.adapters, "a", tmp_path / "mine", "tiny")
+        merge_into_base(model, Mix({"a": 1.0}), tmp_path / "merged")
+        write_atomic(tmp_path / "rows/a.safetensors", lambda p: save_file({"a": torch.ones(2)}, p))
+    finally:
+        os.umask(before)
+    for folder in ("out", "whole", "mine", "merged", "rows"):
+        files = [p for p in (tmp_path / folder).rglob("*") if p.is_file()]
+        assert files and {oct(p.stat().st_mode & 0o777) for p in files} == {oct(0o666 & ~umask)}, folder
+
+
+def test_ctrl_c_inside_compiled_code_is_ctrl_c(
+    adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors swallows it while it reads, and fails with a ValueError of its own."""
+
+    def reads(*args: Any, **kwargs: Any) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("retain.merge.folders.save_file", reads)
+    done = call("merge", *adapters, "--to", tmp_path / "out")
+    assert done.exit_code == 130 and "starts again from the beginning" in done.output
+    assert signal.getsignal(signal.SIGINT) is before and not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_ctrl_c_says_what_is_left(
+    command: str, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(tmp_path.iterdir())
+    if command == "merge":
+        monkeypatch.setattr("retain.merge.folders.save_file", interrupt)  # the last thing that a merge does
+        done = call("merge", *adapters, "--to", tmp_path / "out")
+    else:
+        monkeypatch.setattr("retain.commands.export.export", interrupt)
+        done = call("export", tmp_path / "run", "--to", tmp_path / "out")
+    assert done.exit_code == 130 and "continues" not in done.output
+    assert "nothing was written, and the same command starts again from the beginning" in done.output
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.setattr("retain.commands.run.start", interrupt)
+    (tmp_path / "r.yaml").write_text("model: pocket\nstream: pocket\nmethod: lora\n")
+    assert "what was saved is kept, and the same command continues" in call("run", tmp_path / "r.yaml").output
 
 
 def test_more_errors(adapters: list[Path], tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_bad_input_is_one_clear_error_and_nothing_is_left(tmp_path: Path) -> Non
     (pickle / "adapter_config.json").write_text("{}")
     (pickle / "adapter_model.bin").write_bytes(b"")
     cases: list[tuple[Path, str, dict[str, Any]]] = [
-        (broken(good, tmp_path / "nan", nan), r"nan.adapter_model.*: .*layers\.1\.v\.lora_B\.weight holds nan \(1 of 64", {}),
+        (broken(good, tmp_path / "nan", nan), r"nan.adapter_model.*layers\.1\.v\.lora_B\.weight holds nan \(1 of 64", {}),
         (corrupt, r"corrupt.adapter_model\.safetensors: no whole safetensors file", {}),
         (no_json, r"no_json.adapter_config\.json: no valid adapter config", {}),
         (pickle, r"pickle: no adapter_model\.safetensors.*is a pickle", {}),

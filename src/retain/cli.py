@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +38,8 @@ class _Commands(TyperGroup):
         from retain.types import RetainError  # here, not above: it imports torch, and --help need not wait
 
         try:
-            return super().invoke(ctx)
+            with _ctrl_c():
+                return super().invoke(ctx)
         except RetainError as error:
             _fail(str(error))
         except KeyboardInterrupt:
@@ -45,6 +50,30 @@ class _Commands(TyperGroup):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
                 raise typer.Exit(0) from None
             _fail(_told(error))
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C is Ctrl-C, also where compiled code makes another error of it (safetensors: a ValueError while it reads)."""
+    pressed: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        pressed.append(number)
+        before(number, frame) if callable(before) else signal.default_int_handler(number, frame)
+
+    ours = before is not signal.SIG_IGN and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception:
+        if pressed:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def _interrupted(command: str | None) -> str:

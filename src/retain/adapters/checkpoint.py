@@ -74,7 +74,7 @@ class Checkpoint:
     @cached_property
     def model(self) -> Any:
         """The model of the stock class without weights (on the meta device); none where the class is not stock."""
-        return bare(self.config)
+        return bare(self.config, self.folder)
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -147,7 +147,13 @@ class Checkpoint:
         for known in (name, self.tied.get(name), next((t for t, s in self.tied.items() if s == name), None)):
             if known in self.keys:
                 return self.keys[known]
-        raise RetainError(f"{self.folder}: no weight {name!r} in {[s.name for s in self.shards][:3]}")
+        pieces = next((k for k in self.keys if k.startswith(f"{name} (in pieces")), None)
+        told = (
+            f"{pieces}, which transformers puts together; merge into an adapter instead"
+            if pieces
+            else f"no weight {name!r}"
+        )
+        raise RetainError(f"{self.folder}: {told}")
 
     def tensor(self, name: str) -> Tensor:
         """A parameter as it is stored; a quantised one is refused by name."""
@@ -168,14 +174,14 @@ class Checkpoint:
         return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
 
 
-def bare(config: Mapping[str, Any]) -> Any:
+def bare(config: Mapping[str, Any], folder: Path) -> Any:
     """A model of the stock class that a config.json names, on the meta device; none where there is no such class."""
     import transformers
     from transformers import AutoConfig
 
     names = config.get("architectures") or []
     kind = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
-    if kind is None or not config.get("model_type") or config.get("auto_map"):
+    if kind is None or not config.get("model_type"):
         return None
     fields = {k: v for k, v in config.items() if k != "model_type"}
     try:
@@ -183,7 +189,7 @@ def bare(config: Mapping[str, Any]) -> Any:
         with torch.device("meta"):
             return kind(made)
     except Exception as error:  # whatever a config that no stock class accepts raises
-        raise RetainError(f"config.json: no {names[0]} can be built from it: {error}") from None
+        raise RetainError(f"{folder / 'config.json'}: no {names[0]} can be built from it: {error}") from None
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def compiled(text: str, where: str) -> re.Pattern[str]:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30  # NaN is not
 
 
 def _rank(value: object) -> bool:
@@ -449,6 +449,8 @@ def _whole(a: PeftFolder, path: str) -> None:
             raise RetainError(
                 f"{file}: {leaves['magnitude']} belongs to DoRA, but {CONFIG} does not say use_dora"
             )
+        if a.config.get("use_dora") and "magnitude" not in leaves:
+            raise RetainError(f"{file}: {CONFIG} says use_dora, but {path} has no lora_magnitude_vector")
         if "lora_bias" in leaves and not a.config.get("lora_bias"):
             raise RetainError(f"{file}: {leaves['lora_bias']} is there, but {CONFIG} does not say lora_bias")
         a.scale(path)

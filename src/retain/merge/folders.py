@@ -165,11 +165,17 @@ def _own_weights(opened: Sequence[PeftFolder], base: Checkpoint | None) -> None:
     for path, leaf in every:
         wanted = base.tensor(f"{path}.{leaf}") if base else None
         for a in opened:
+            if (path, leaf) not in a.own and base is None:
+                raise RetainError(
+                    f"{a.folder}: it has no weights of {path} itself, but another adapter has; name the base model "
+                    "with --base DIR"
+                )
             if (path, leaf) not in a.own:
                 continue
             got = a.tensor(a.own[path, leaf])
             wanted = got if wanted is None else wanted
-            if got.shape != wanted.shape or not torch.equal(got.to(wanted.dtype), wanted):
+            same = torch.equal(got.to(wanted.dtype), wanted) or torch.equal(got, wanted.to(got.dtype))
+            if not same:  # not even but for rounding
                 raise RetainError(
                     f"{a.folder}: {a.own[path, leaf]} holds other weights than "
                     f"{base.folder if base else opened[0].folder}: resized or trained embeddings cannot be merged"
@@ -346,7 +352,7 @@ def merge_folders(folders: Sequence[str | Path], method: str, to: str | Path, **
                 leaf = "lora_B.bias" if kind == "lora_bias" else kind
                 tensors[f"{PREFIX}{path}.{leaf}"] = _cast(merged, dtype, path)
                 copies += kind != "lora_bias"
-        for (path, leaf), key in first.own.items():
+        for (path, leaf), key in first.own.items() if made.base is None else ():  # else the base has them
             inner = f"{path}.base_layer.{leaf}" if path in ranks else f"{path}.{leaf}"
             tensors[f"{PREFIX}{inner}"] = first.tensor(key)
         save_file(tensors, part / WEIGHTS, {"format": "pt", "retain_base": first.base})
@@ -382,7 +388,7 @@ def _saved(made: Plan) -> list[str]:
         entries.append("multi_modal_projector")
     entries = list(dict.fromkeys(entries))
     if made.base is None or made.base.model is None:
-        old = next((c for c in copies if len(aliases(c)) > 1 and not c.startswith("model.")), None)
+        old = next((c for c in sorted(copies) if len(aliases(c)) > 1 and not c.startswith("model.")), None)
         if old and made.base is None:
             raise RetainError(
                 f"{first.folder}: {old} is a full copy under the name that transformers 4 gave it, where PEFT does "
@@ -427,8 +433,8 @@ def _config(made: Plan, ranks: Mapping[str, int], saved: Sequence[str]) -> dict[
         "lora_bias": any(c.get("lora_bias") for c in configs),
         "modules_to_save": list(saved) or None,
     }
-    if known or any(len(n) > 1 for n in names.values()):
-        # name every module: the config's own words may be names that transformers 4 used
+    if known or made.adapters[0].names or any(len(n) > 1 for n in names.values()):
+        # name every module: the config's own words may be names that transformers 4 (or LLaVA) used
         config["target_modules"] = sorted({n for given in names.values() for n in given})
         config |= {
             k: None for k in ("layers_to_transform", "layers_pattern", "exclude_modules") if k in config
@@ -530,7 +536,7 @@ def _apart(base: Checkpoint, changed: set[str]) -> list[str]:
 def _untie(base: Checkpoint, part: Path, lone: Mapping[str, tuple[Path, str]]) -> None:
     """Say in the written folder that embeddings and head have a weight each, and where the new ones are."""
     config = untied(base.config)
-    model = bare(config)
+    model = bare(config, base.folder)
     if model is None or model.all_tied_weights_keys:
         raise RetainError(
             f"{base.folder}: {type(model).__name__} cannot be written with {[*lone]} of their own"
