@@ -1,4 +1,4 @@
-"""Whether the default suite passes every time: a fresh clone of what is committed, the suite N times, busy neighbours beside it.
+"""Whether the default suite passes every time: a fresh clone of what is committed, N runs, busy neighbours beside them.
 
     python scripts/steady.py                          # makes its own .venv in the clone; 20 times
     python scripts/steady.py --python .venv/bin/python --busy 2
