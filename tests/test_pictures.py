@@ -594,6 +594,20 @@ def test_a_bomb_is_refused_before_it_goes_off(name: str) -> None:
     assert image is None or picture.tried(image)[0] is None
 
 
+def test_pillows_warnings_stay_where_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Made errors by the caller, they would refuse a picture that is shown; printed, they would fill the screen."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)  # Pillow warns above, and refuses above twice as many
+    path = tmp_path / "a.png"
+    path.write_bytes(file_of(Image.fromarray(PHOTO), "png"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(seen(path), PHOTO)
+        assert picture.looked_at(path)[1] == "" and picture.frames(path) == 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert picture.looked_at(path)[1].startswith("too large: ")
+    assert picture.tried(path)[1].startswith("too large: ")
+
+
 def spoiled(raw: bytes, rng: random.Random) -> bytes:
     """Cut off, or a few bytes of it changed, most of them near the front where the structure is."""
     data = bytearray(raw)
