@@ -17,11 +17,13 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
+import own_data
 import retain.run.engine
 from retain.run.engine import PATIENCE, Engine
 from retain.types import RetainError
@@ -73,6 +75,7 @@ def raises(engine: Engine) -> None:
 def interrupted(engine: Engine) -> None:
     """Ctrl-C reaches one process first."""
     if engine.rank == 1:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
     engine.gather("x")
@@ -105,6 +108,23 @@ def bare_plain(engine: Engine) -> None:
     """Rank 0 may leave first."""
     if engine.rank == 1:
         time.sleep(0.5)
+
+
+def command(engine: Engine) -> None:
+    """`retain run` in a fresh folder, whose first process is slow to make it."""
+    from retain import config
+    from retain.commands.run import start
+    from retain.run.store import RunDir
+
+    opened = RunDir.open
+
+    def slow(path: Path, *arguments: Any, main: bool = True) -> RunDir:
+        time.sleep(1.0 if main else 0.0)
+        return opened(path, *arguments, main=main)
+
+    RunDir.open = staticmethod(slow)  # type: ignore[method-assign, assignment]
+    start(config.load(Path(os.environ["RECIPE"])), quiet=True)
+    assert not dist.is_initialized()
 
 
 def hangs(engine: Engine) -> None:
@@ -164,6 +184,8 @@ def child(folder: Path, ending: str, rank: int, port: int) -> None:
 def main(folder: Path, endings: list[str]) -> None:
     torch.set_num_threads(1)
     statuses: dict[str, list[int]] = {}
+    if "command" in endings:
+        os.environ["RECIPE"] = str(own_data.shop(folder, own_data.model_dir(folder / "model")))
     for ending in endings:
         keeper, port = (0, free_port()) if ending.startswith("bare") else host()
         children = []

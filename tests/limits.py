@@ -12,7 +12,7 @@ LAUNCH = 600
 """Seconds for one launch of two processes with a tiny run: 12 alone on two cores, 25 beside two busy processes."""
 
 ENDINGS = 900
-"""Seconds for eleven pairs of processes that end in eleven ways: 15 alone, 50 on a machine with a load of 6."""
+"""Seconds for twelve pairs of processes that end in twelve ways: 25 alone, 50 on a machine with a load of 6."""
 
 BROWSER = 600
 """Seconds for a headless browser to draw one page: 5 to 20."""
