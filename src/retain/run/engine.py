@@ -249,8 +249,9 @@ def _close(error: BaseException | None) -> None:
             group.say(f"{FAILED}{' '.join(f'{type(error).__name__}: {error}'.split())[:500]}".rstrip(": "))
         elif not group.said:
             group.say(DONE)
-            group.heard(GRACE)
-            group.leave(GRACE)
+            words = group.heard(GRACE)
+            if len(words) == group.world - 1 and set(words.values()) == {DONE}:
+                group.leave(GRACE)
     finally:
         if dist.is_initialized():
             _hang_up(error is not None)
@@ -275,9 +276,8 @@ def _meet(call: Callable[..., Any], *arguments: Any) -> None:
     except RuntimeError as error:
         if not _groups:
             raise
-        why = re.sub(r"^\[[^\]]*\]\s*", "", " ".join(str(error).split())).split(". ")[0][
-            :200
-        ]  # without torch's file name
+        why = re.sub(r"^\[[^\]]*\]\s*", "", " ".join(str(error).split()))  # without torch's own file name
+        why = why.split(". ")[0][:200]
         raise RetainError(
             f"the processes could not go on together: {_groups[0].lost()}; what was saved is kept, and the same "
             f"command continues (they wait for each other for at most {_groups[0].patience}; {why})"
