@@ -603,7 +603,9 @@ def test_pillows_warnings_stay_where_they_are(monkeypatch: pytest.MonkeyPatch, t
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.array_equal(seen(path), PHOTO)
-        assert picture.looked_at(path)[1] == "" and picture.frames(path) == 1
+        image, wrong = picture.looked_at(path)
+        assert image is not None and wrong == "" and picture.frames(path) == 1
+        image.close()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert picture.looked_at(path)[1].startswith("too large: ")
     assert picture.tried(path)[1].startswith("too large: ")
