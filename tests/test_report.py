@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from fake_runs import fake_run
+from limits import BROWSER, finished
 from retain.report import figures, samples, summary
 from retain.report.html import write_report
 from retain.report.load import group, load_run, load_runs, read_events
@@ -310,13 +310,7 @@ def test_a_browser_shows_it_without_sideways_scrolling(
     flags += ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
     shot = [f"--screenshot={tmp_path / 'shot.png'}", f"--window-size={max(width, 500)},3000"]
     assert CHROMIUM is not None
-    dom = subprocess.run(
-        [CHROMIUM, *flags, "--dump-dom", frame.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
-    ).stdout
+    dom = finished([CHROMIUM, *flags, "--dump-dom", frame.as_uri()], BROWSER, "BROWSER", check=True).stdout
     assert re.search("<title>0</title>", dom), re.search(r"<title>.*?</title>", dom)
-    subprocess.run([CHROMIUM, *flags, *shot, frame.as_uri()], capture_output=True, timeout=240, check=True)
+    finished([CHROMIUM, *flags, *shot, frame.as_uri()], BROWSER, "BROWSER", check=True)
     assert (tmp_path / "shot.png").stat().st_size > 20_000

@@ -36,6 +36,7 @@ def _started(recipe: Recipe, engine: Engine, quiet: bool) -> AccuracyMatrix:
         check_lengths(model, stream)
     engine.wait()  # the other processes must have looked before the first one writes
     store = RunDir.open(recipe.out, resolved, main=engine.main)
+    engine.wait()  # and the first one must have made the folder before others write into it
     tracker = open_tracker(recipe.track if engine.main else (), recipe.out, recipe.out.name, resolved)
     try:
         with Progress(quiet=quiet or not engine.main) as progress:

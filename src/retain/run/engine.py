@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import re
 import resource
 import sys
 import time
@@ -179,6 +180,17 @@ class _Group:
                 time.sleep(0.02)
         return found
 
+    def leave(self, seconds: float) -> None:
+        """Rank 0 last, which may keep the board: the others have read it then."""
+        with suppress(RuntimeError):
+            if self.rank:
+                self.board.set(f"{self.rank} left", "")
+                return
+            keys = [f"{rank} left" for rank in range(1, self.world)]
+            end = time.monotonic() + seconds
+            while not self.board.check(keys) and time.monotonic() < end:
+                time.sleep(0.02)
+
     def lost(self) -> str:
         """Who is missing, after a meeting that did not take place."""
         self.say(ALONE)
@@ -233,11 +245,13 @@ def _close(error: BaseException | None) -> None:
         return
     group = _groups.pop()
     try:
-        if error is None and not group.said:
+        if error is not None:
+            group.say(f"{FAILED}{' '.join(f'{type(error).__name__}: {error}'.split())[:500]}".rstrip(": "))
+        elif not group.said:
             group.say(DONE)
-            group.heard(GRACE)
-        elif error is not None:
-            group.say(f"{FAILED}{' '.join(f'{type(error).__name__}: {error}'.split())[:500]}")
+            words = group.heard(GRACE)
+            if len(words) == group.world - 1 and set(words.values()) == {DONE}:
+                group.leave(GRACE)
     finally:
         if dist.is_initialized():
             _hang_up(error is not None)
@@ -262,7 +276,8 @@ def _meet(call: Callable[..., Any], *arguments: Any) -> None:
     except RuntimeError as error:
         if not _groups:
             raise
-        why = " ".join(str(error).split())[:200]
+        why = re.sub(r"^\[[^\]]*\]\s*", "", " ".join(str(error).split()))  # without torch's own file name
+        why = why.split(". ")[0][:200]
         raise RetainError(
             f"the processes could not go on together: {_groups[0].lost()}; what was saved is kept, and the same "
             f"command continues (they wait for each other for at most {_groups[0].patience}; {why})"

@@ -1,0 +1,35 @@
+"""Time limits of the tests, all in one place: a machine ten times slower meets them, and one that is passed is named.
+
+Nothing else in the tests depends on a clock. A limit only ends what hangs; what it is compared with is said beside it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+LAUNCH = 600
+"""Seconds for one launch of two processes with a tiny run: 12 alone on two cores, 25 beside two busy processes."""
+
+ENDINGS = 900
+"""Seconds for twelve pairs of processes that end in twelve ways: 25 alone, 50 on a machine with a load of 6."""
+
+BROWSER = 600
+"""Seconds for a headless browser to draw one page: 5 to 20."""
+
+CPU = 60
+"""Seconds of this process's own computing time (no neighbour counts) for what takes a tenth of a second."""
+
+
+def finished(
+    command: list[str], limit: int, name: str, check: bool = False, **how: Any
+) -> subprocess.CompletedProcess[str]:
+    """The process, ended; a test that waited longer than `limits.<name>` fails and says so."""
+    try:
+        return subprocess.run(command, timeout=limit, check=check, capture_output=True, text=True, **how)
+    except subprocess.TimeoutExpired as late:
+        said = (late.stderr or b"")[-2000:]
+        text = (
+            f"limits.{name}: {limit} s are over, and {' '.join(command)[:300]} still runs; it said: {said!r}"
+        )
+        raise AssertionError(text) from late
