@@ -37,6 +37,49 @@ def test_one_is_like_itself_and_both_sides_are_equal(measure: Any) -> None:
 
 
 @BOTH
+def test_independent_rows_have_nothing_in_common(measure: Any) -> None:
+    """Few samples of many dimensions: the biased estimate is 0.99 there."""
+    rng = torch.Generator().manual_seed(1)
+    draws = [measure(*(torch.randn(50, 4096, generator=rng) for _ in "xy")) for _ in range(6)]
+    assert all(abs(v) < 0.12 for v in draws) and abs(sum(draws) / 6) < 0.05
+    x, noise = torch.randn(50, 4096, generator=rng), torch.randn(50, 4096, generator=rng)
+    assert measure(x, x) == pytest.approx(1) and 0.3 < measure(x, x + noise) < 0.7
+
+
+def test_the_biased_value_and_its_chance_stand_beside() -> None:
+    rng = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(50, 4096, generator=rng).double() for _ in "xy")
+    for kernel in (cka.rbf, cka.linear):
+        made = cka.alike(kernel(x), kernel(y))
+        assert abs(made.value) < 0.12 and made.biased > 0.97 and abs(made.biased - made.chance) < 0.01
+        orders = [torch.randperm(50, generator=rng) for _ in range(200)]
+        K, L = kernel(x).numpy(), kernel(y).numpy()
+        permuted = [ref.cka(K, L[order][:, order]) for order in orders]
+        assert made.chance == pytest.approx(sum(permuted) / 200, abs=2e-3)
+
+
+def test_the_unbiased_estimate_is_the_formula_of_the_paper() -> None:
+    """Song et al. 2012, eq. 5, written down with loops; and its mean over small samples is that of a large one."""
+    K, L = cka.rbf(X.double()), cka.linear(Y.double())
+    n, a, b = 20, K.clone().fill_diagonal_(0).tolist(), L.clone().fill_diagonal_(0).tolist()
+    N = range(n)
+    trace = sum(a[i][j] * b[j][i] for i in N for j in N)
+    sums = sum(map(sum, a)) * sum(map(sum, b)) / ((n - 1) * (n - 2))
+    through = sum(a[i][j] * b[j][q] for i in N for j in N for q in N) * 2 / (n - 2)
+    assert float(cka.unbiased_hsic(K, L)) == pytest.approx(trace + sums - through, rel=1e-10)
+    few = [float(cka.unbiased_hsic(K[i][:, i], L[i][:, i])) / (5 * 2)
+           for i in (torch.randperm(n, generator=torch.Generator().manual_seed(s))[:5] for s in range(4000))]  # fmt: skip
+    assert sum(few) / 4000 == pytest.approx(float(cka.unbiased_hsic(K, L)) / (n * (n - 3)), rel=0.1)
+
+
+def test_many_samples() -> None:
+    """Beyond 2^24 entries torch's own quantile gives up."""
+    x = torch.randn(4097, 3, generator=RNG)
+    kernel = cka.rbf(x)
+    assert kernel.shape == (4097, 4097) and float(kernel[0, 0]) == 1 and float(kernel.min()) > 0
+
+
+@BOTH
 def test_turning_scaling_and_shifting_are_not_noticed(measure: Any) -> None:
     Q = torch.linalg.qr(torch.randn(7, 7, generator=RNG, dtype=torch.double))[0]
     for moved in (X.double() @ Q, 3.7 * X.double(), X.double() + torch.arange(7)):
@@ -54,8 +97,9 @@ def test_the_order_of_rows_matters_to_pairs_only(measure: Any) -> None:
 
 def test_equal_to_a_transcription() -> None:
     x, y = X.double().numpy(), Y.double().numpy()
-    assert cka.linear_cka(X, Y) == pytest.approx(ref.cka(x @ x.T, y @ y.T), abs=1e-10)
-    assert cka.kernel_cka(X, Y) == pytest.approx(ref.cka(ref.rbf(x), ref.rbf(y)), abs=1e-10)
+    linear, kernel = ((f(X.double()), f(Y.double())) for f in (cka.linear, cka.rbf))
+    assert cka.alike(*linear).biased == pytest.approx(ref.cka(x @ x.T, y @ y.T), abs=1e-10)
+    assert cka.alike(*kernel).biased == pytest.approx(ref.cka(ref.rbf(x), ref.rbf(y)), abs=1e-10)
 
 
 def test_a_layer_that_says_nothing_has_no_value() -> None:
@@ -109,12 +153,17 @@ def test_the_command_prints_and_writes(run: Path) -> None:
     for kind in ("kernel", "linear"):
         for pairing in ("paired", "unpaired"):
             values = torch.tensor(data["cka"][kind][pairing])
-            assert values.shape == (2, 2, 2) and (values >= 0).all() and (values <= 1 + 1e-9).all()
+            assert values.shape == (2, 2, 2) and (values.abs() <= 1 + 1e-9).all()
+            for beside in ("biased", "chance"):
+                other = torch.tensor(data[beside]["cka"][kind][pairing])
+                assert other.shape == (2, 2, 2) and (other > 0).all() and (other <= 1 + 1e-9).all()
             torch.testing.assert_close(values.diagonal(dim1=1, dim2=2), torch.ones(2, 2))
             assert data["mean"][kind][pairing] == pytest.approx(values[:, 0, 1].tolist())
         paired = data["mean"][kind]["paired"]
         assert all(a < 1 - 1e-9 for a in paired)  # the adapters differ
+    assert "unbiased" in data["estimator"] and "biased (by chance)" in lines[1]
     page = (run / "cka.html").read_text()
+    assert "Song et al. 2012" in page and "by chance" in page
     assert "<svg" in page and "http" not in page.replace("http-equiv", "") and "Every pair" in page
 
 

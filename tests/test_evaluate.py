@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner, Result
 
+import own_data
 import tiny
 from fake_model import FakeModel, context, stream
 from loop_helpers import example, model, texts
 from retain.adapters.bank import Mix
+from retain.cli import app
+from retain.commands.evaluate import rescore
 from retain.files import append_lines, read_jsonl
 from retain.method import Context, available, build
 from retain.metrics.scores import score
@@ -141,3 +146,39 @@ def test_options_are_checked() -> None:
     ):
         with pytest.raises(RetainError, match=f"eval.{said}"):
             EvalOptions(**wrong)  # type: ignore[arg-type]
+
+
+# -- saved answers, scored again ------------------------------------------------------------------------------
+
+
+def test_evaluate_says_where_the_answer_key_changed(tmp_path: Path) -> None:
+    """And scores by the key as it is now."""
+    recipe = own_data.shop(tmp_path, own_data.model_dir(tmp_path / "base"), n_train=4, n_test=2)
+    made = call("run", recipe, "-q", "optim.steps=1")
+    assert made.exit_code == 0, made.output
+    run = tmp_path / "run"
+    table = call("evaluate", run)
+    assert (
+        "since the run" not in table.output
+        and "changed" not in call("run", recipe, "-q", "optim.steps=1").output
+    )
+    file = tmp_path / "paint_test.json"
+    rows = json.loads(file.read_text())
+    file.write_text(json.dumps([{**row, "options": ["red", "green"]} for row in rows]))
+    table, again = call("evaluate", run), call("run", recipe, "-q", "optim.steps=1")
+    of_paint = [line for line in table.output.splitlines() if " paint " in f" {line} "]
+    assert table.exit_code == 0 and "since the run" in table.output
+    assert any("answer key in the data changed" in line for line in of_paint)
+    assert "the answer key in the data of ['paint']" in again.output and again.exit_code == 0
+    answers = {
+        line["id"]: line["prediction"]
+        for line in read_jsonl(next(run.glob("rows/02-*/predictions/paint.jsonl")))
+    }
+    file.write_text(json.dumps([{**row, "references": [answers[row["id"]] or "x"]} for row in rows]))
+    cells = rescore(run, tasks=["paint"], after=2)
+    assert [c.changed for c in cells] == ["data"]
+    assert cells[0].now == 100 * sum(map(bool, answers.values())) / 2
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])

@@ -26,6 +26,7 @@ def one(name: str, text: str, answer: str, *references: str, **meta: object) -> 
 @pytest.mark.parametrize(
     ("text", "want"),
     [
+        ("incorrect: @", "-"), ("correct: @", "+"), ("all except @ are wrong", "+"),
         ("not @", "-"), ("it is @", "+"), ("@ is wrong", "-"), ("not @ but @", "-+"), ("neither @ nor @", "--"),
         ("not @ or @", "--"), ("it is not @ and it is @", "-+"), ("@, not @", "+-"), ("@ not @", "+-"),
         ("@ and @ are wrong, so @", "--+"), ("is it @? no, it is @", "?+"), ("i do not think that @ is right", "-"),
@@ -216,6 +217,7 @@ def test_numbers_of_a_text(text: str, want: list[float]) -> None:
 @pytest.mark.parametrize(
     ("text", "want"),
     [
+        ("5? No, 6.", [6]), ("Is it 5?", []), ("5?", [5]), ("5 (five)", [5]),
         ("It is not 5", []), ("not 5 but 6", [6]), ("It isn't 5, it's 6", [6]), ("twenty-two", [22]),
         ("10²", [100]), ("more than 5", []), ("5+", []), ("at least 5", []), ("5 or more", []), ("<5", []),
         ("5 or 6", [5, 6]), ("5-7", [5, 7]), ("between 5 and 7", [5, 7]), ("about 5", [5]),

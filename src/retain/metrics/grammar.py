@@ -60,7 +60,7 @@ FRAME = (
         "suitable correctly closest obvious clear selected chosen choosing picking selecting going like opt for thus",
         "therefore hence then probably definitely clearly certainly surely obviously actually really just only also again",
         "yes no ok okay well sure to of as with conclude conclusion both all above following please let me us opinion",
-        "gonna must given well definitively say everything anything",
+        "sure certain confident guessing elimination by gonna must given well definitively say everything anything",
     )
 )  # fmt: skip
 FRAME_CHARACTERS = frozenset("答案选项择是为应该我认的正确的这那個个它就就是です答えはがを選択肢")
@@ -176,7 +176,7 @@ def _of_sentence(sentence: str) -> list[_Clause]:
     texts, leads = [pieces[0]], [""]
     for lead, piece in zip(pieces[1::2], pieces[2::2], strict=True):
         if _joined(lead, texts[-1], piece, pieces):
-            texts[-1] += f" {'' if lead == ':' else 'and'} {piece}"
+            texts[-1] += f" {'is' if lead == ':' else 'and'} {piece}"
         else:
             texts.append(piece)
             leads.append(lead)
@@ -249,7 +249,8 @@ def _wrongs(tokens: Sequence[str]) -> int:
     for i, token in enumerate(tokens):
         before, after = (tokens[i - 1] if i else ""), (tokens[i + 1] if i + 1 < len(tokens) else "")
         called = before in COPULA or _negates(before) or _is_mark(before) or (not before and not after)
-        count += token in WRONG and (called or after in ("answer", "option", "choice", "one", "letter"))
+        called = called or after in COPULA or after in ("answer", "option", "choice", "one", "letter")
+        count += token in WRONG and called
     return count
 
 

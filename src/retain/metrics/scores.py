@@ -12,6 +12,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 from retain.metrics import captions
 from retain.metrics.choices import option_texts, parse_choice
@@ -19,6 +20,7 @@ from retain.metrics.compat import COMPAT
 from retain.metrics.numerals import numerals, prepared
 from retain.metrics.scorer import Doubts, Scorer, per_corpus, per_sample
 from retain.metrics.text import (
+    REMEMBERED,
     Box,
     edits,
     evalai,
@@ -193,6 +195,7 @@ def choice(text: str, example: Example) -> float:
 # ------------------------------------------------------------------------------------------ numbers and boxes
 
 
+@lru_cache(REMEMBERED)
 def _key(reference: str) -> float | None:
     """The number of a reference: exactly one, apart from letters."""
     found = set(numbers(reference))
@@ -244,7 +247,7 @@ def number(text: str, example: Example) -> float:
     claimed = stated(text)
     if len(claimed) != 1:
         return 0.0
-    x = claimed.pop()
+    x = next(iter(claimed))
     absolute, relative = _tolerance(example, "tolerance"), _tolerance(example, "relative_tolerance")
     keys = [y for y in map(_key, example.targets) if y is not None]
     return float(any(abs(x - y) <= max(absolute, relative * abs(y)) + 1e-9 * max(1.0, abs(y)) for y in keys))

@@ -155,20 +155,21 @@ _BOUND_BEHIND = re.compile(
 )
 
 
-def stated(text: str) -> set[float]:
-    """The numbers that an answer claims: not denied ("not 5"), no mere bound ("more than 5", "5+")."""
+@lru_cache(REMEMBERED)
+def stated(text: str) -> frozenset[float]:
+    """The numbers that an answer claims: not denied ("not 5") or asked ("is it 5?"), no mere bound ("more than 5")."""
     text = prepared(text)
     found = numerals(text, glued=True)
     if not found:
-        return set()
+        return frozenset()
     kept = stances(text, [(n.start, n.end) for n in found])
-    return {
+    return frozenset(
         n.value
         for n, stance in zip(found, kept, strict=False)
-        if not stance.denied
+        if not (stance.denied or stance.open)
         and not _BOUND_BEFORE.search(text[: n.start][-40:])
         and not _BOUND_BEHIND.match(text[n.end :])
-    }
+    )
 
 
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?(?!\w)", re.IGNORECASE)
