@@ -1,5 +1,5 @@
-"""Fills the generated parts of README.md (the method table, the annotated tree, the results, and --help), the row `Ours`
-of every method's card, and what a pocket recipe says to expect.
+"""Fills the generated parts of README.md (the method table, the annotated tree, the results, and --help), the families
+of docs/models.md, the row `Ours` of every method's card, and what a pocket recipe says to expect.
 
     python scripts/docs.py            # rewrite
     python scripts/docs.py --check    # exit 1 where a part is out of date (make check)
@@ -75,7 +75,39 @@ def usage() -> str:
     return "```\n" + "\n".join(line.rstrip() for line in out.stdout.strip().splitlines()) + "\n```"
 
 
-PARTS: dict[str, Callable[[], str]] = {"methods": methods, "tree": tree, "results": results, "usage": usage}
+CASES = {
+    "text": "words alone", "one": "a picture", "two": "two pictures", "sizes": "of unlike size", "between": "between words",
+    "system": "system turn", "turns": "several turns", "lengths": "batch = alone",
+}  # fmt: skip
+
+
+def families() -> str:
+    """One row per family of tests/zoo.py: which conversations tests/test_zoo.py holds against Hugging Face's own call."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import test_zoo
+    import zoo
+
+    tested = {p.values for p in test_zoo.pairs()}
+    runs = {"LoRA run, PEFT and merged export": test_zoo.WORKING, "routed run": test_zoo.WORKING}
+    lines = [
+        f"| family | class | {' | '.join([*CASES.values(), *runs])} |",
+        "|---" * (2 + len(CASES) + len(runs)) + "|",
+    ]
+    for name, make in (zoo.FAMILIES | zoo.TEXT_ONLY).items():
+        about = (make.__doc__ or "").split(":")[0].split(" (")
+        cells = []
+        for case in CASES:
+            pictures = case in ("one", "two", "sizes", "between")
+            told = "refused" if (name, case) in test_zoo.NOT_TAKEN else "–"
+            cells.append("yes" if (name, case) in tested else "–" if pictures else told)
+        done = ["yes" if name in names else "–" for names in runs.values()]
+        lines.append(f"| {about[0]} | `{make().architecture}` | {' | '.join([*cells, *done])} |")
+    return "\n".join(lines)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "methods": methods, "tree": tree, "results": results, "usage": usage, "families": families,
+}  # fmt: skip
 
 
 def measured() -> dict[str, dict[str, str]]:
@@ -143,13 +175,13 @@ def made(path: Path, text: str, rows: dict[str, dict[str, str]]) -> str:
     """The text that a file should have."""
     if path.suffix == ".yaml":
         return expectation(text, rows.get(path.stem))
-    return filled(text) if path.name == "README.md" else card(text, rows)
+    return card(text, rows) if path.parent.name == "methods" else filled(text)
 
 
 def main() -> int:
     stale, rows = [], measured()
     cards, recipes = (ROOT / "docs" / "methods").glob("*.md"), (ROOT / "recipes" / "pocket").glob("*.yaml")
-    for path in [ROOT / "README.md", *sorted(cards), *sorted(recipes)]:
+    for path in [ROOT / "README.md", ROOT / "docs" / "models.md", *sorted(cards), *sorted(recipes)]:
         old = path.read_text(encoding="utf8")
         new = made(path, old, rows)
         if new != old:

@@ -19,12 +19,16 @@ from retain.adapters.bank import Mix
 from retain.adapters.peft_format import merge_into_base, save_peft
 from retain.assemble import build_method, build_model, model_source
 from retain.config import Recipe
+from retain.files import aside
 from retain.models import guard
 from retain.models.hf import HFModel
 from retain.models.load import load_pretrained
 from retain.models.stock import Stock
 from retain.run.store import Row, RunDir
 from retain.types import Example, RetainError
+
+Wanted = Mapping[str, tuple[Example, Tensor]]
+"""The guard's conversations, and our logits behind every answer token of each: (N, V)."""
 
 
 def export(
@@ -41,32 +45,37 @@ def export(
     mix = _mix(model, adapter)
     wanted = _ours(model, mix)
     base = model_source(recipe.model.name)
-    if merged:
-        merge_into_base(model, mix, to)
-    else:
-        save_peft(model.adapters, mix, to, base)
     encode, dtype, device = model.encode, model.hf.dtype, model.device
-    del model
-    gc.collect()  # the other side needs the memory
-    hf, processor = load_pretrained(to if merged else base, dtype, device)
-    if not merged:
-        hf = _with_peft(hf, to)
-    stock = Stock(hf.eval(), processor, encode)
-    theirs = {name: stock.ask(e).answer_NV for name, (e, _) in wanted.items()}
-    exact = guard.is_exact(dtype)
-    worst, allowed = max(guard.distance(mine, theirs[name], exact) for name, (_, mine) in wanted.items())
-    if not worst <= allowed:
-        raise RetainError(
-            f"{to}: loaded by stock {'Hugging Face' if merged else 'PEFT'}, its logits differ by {worst:.2e} from the "
-            f"run's own ({allowed:.0e} is allowed): not usable"
-        )
+    with aside(to) as part:  # it appears under its name when it is whole and the other side has agreed
+        if merged:
+            merge_into_base(model, mix, part)
+        else:
+            save_peft(model.adapters, mix, part, base)
+        del model
+        gc.collect()  # the other side needs the memory
+        hf, processor = load_pretrained(part if merged else base, dtype, device)
+        if not merged:
+            hf = _with_peft(hf, part)
+        told = _compared(Stock(hf.eval(), processor, encode), wanted, "Hugging Face" if merged else "PEFT")
     kind = "a plain Hugging Face checkpoint" if merged else "a PEFT adapter"
-    other = "Hugging Face" if merged else "PEFT"
-    checked = (
-        f"logits checked against stock {other} with {type(processor).__name__} on {len(wanted)} conversations, "
-        f"largest difference {worst:.1e}"
+    return f"{to}: {kind} of {', '.join(mix.names)} after {row.name}; {told}{_router_note(recipe)}"
+
+
+def _compared(stock: Stock, wanted: Wanted, other: str) -> str:
+    """What to tell of the largest difference between our logits and the other side's; one that is too large is an error."""
+    exact, worst = guard.is_exact(stock.hf.dtype), (0.0, 0.0)
+    for name, (example, mine) in wanted.items():
+        difference, allowed = guard.distance(mine, stock.ask(example).answer_NV, exact)
+        if not difference <= allowed:  # NaN too
+            raise RetainError(
+                f"nothing was written: loaded by stock {other}, the logits of {name!r} differ by {difference:.2e} from "
+                f"the run's own ({allowed:.0e} is allowed)"
+            )
+        worst = max(worst, (difference, allowed))
+    return (
+        f"logits checked against stock {other} with {type(stock.processor).__name__} on {len(wanted)} conversations, "
+        f"largest difference {worst[0]:.1e}"
     )
-    return f"{to}: {kind} of {', '.join(mix.names)} after {row.name}; {checked}{_router_note(recipe)}"
 
 
 def _row(run: RunDir, after: int | None) -> Row:
@@ -95,10 +104,6 @@ def _router_note(recipe: Recipe) -> str:
     if not owners:
         return ""
     return f"\nnote: {owners[0]} routes per sample; this folder holds one fixed mix, not the router"
-
-
-Wanted = Mapping[str, tuple[Example, Tensor]]
-"""The guard's conversations, and our logits behind every answer token of each: (N, V)."""
 
 
 def _ours(model: HFModel, mix: Mix) -> Wanted:
