@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 
 import pytest
 
@@ -289,3 +290,40 @@ def test_anls(text: str, references: list[str], want: float) -> None:
     values = [plain_distance(a, r) / max(len(a), len(r), 1) for r in refs]
     near = 1 - min(values)
     assert want == pytest.approx(100 * near if near >= 0.5 and a else 0)
+
+
+# -- whatever a model writes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["exact", "contains", "choice", "number", "anls", "iou"])
+def test_no_text_breaks_a_scorer(name: str) -> None:
+    """Random signs of all kinds, and answers of one thing repeated until the tokens run out."""
+    rng = random.Random(3)
+    signs = (
+        "aAbB019.,-+/^²½⁻₂_ ()[]{}$%\\*`\n\t'’?!:;&|猫不是没答案กเ\u0301𝟓①Ⓑ٥–−×·eE√±\ue000\uf8ff\U0001f600"
+    )
+    words = [
+        "not",
+        "or",
+        "and",
+        "is",
+        "the answer is",
+        "B",
+        "wrong",
+        "twenty",
+        "half",
+        "one",
+        "minus",
+        "\\boxed{",
+        "e999",
+        "9" * 400,
+    ]
+    for _ in range(300):
+        text, gold = (
+            "".join(rng.choice([rng.choice(signs), rng.choice(words), " "]) for _ in range(25)) for _ in "ab"
+        )
+        assert 0 <= one(name, text, gold, options=[text[:5], gold[:5]]) <= 100
+    for part in ("B ", "5,", "one ", "not ", "1/", "1,111", "(", "a. b\n", "twenty-", " ", "\\boxed{"):
+        began = time.monotonic()
+        one(name, part * 5000, "B 5 a", options=["a", "b"])
+        assert time.monotonic() - began < 5  # linear takes a tenth of a second, quadratic minutes

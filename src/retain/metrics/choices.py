@@ -40,6 +40,7 @@ _AFTER_LETTER = words_of(
     "though although from due may might can could should must only also too then by to being isn't wasn't cannot can't",
     "doesn't does matches shows fits best",
 )
+NEAR = 60  # characters around a letter that say what it is
 _VERDICTS = words_of("right wrong true false correct incorrect yes no both none all")
 
 
@@ -76,10 +77,9 @@ def _parsed(text: str, options: tuple[str, ...]) -> str | None:
         if not by_text or ord(letter) - 65 < len(options):
             return letter
         return next(iter(by_text)) if len(by_text) == 1 else None
-    found = _mentions(_without_list(text), options)
-    return _decided(
-        _without_list(text), found, stances(_without_list(text), [(m.start, m.end) for m in found])
-    )
+    text = _without_list(text)
+    found = _mentions(text, options)
+    return _decided(text, found, stances(text, [(m.start, m.end) for m in found]))
 
 
 def _plain(text: str) -> str:
@@ -109,18 +109,23 @@ def _having(options: Sequence[str], label: str) -> frozenset[str]:
 def _mentions(text: str, options: Sequence[str]) -> list[_Mention]:
     """Texts of options, the longest first, and letters outside of them; in order."""
     found: list[_Mention] = []
+    taken = bytearray(len(text))
 
-    def free(start: int, end: int) -> bool:
-        return all(end <= m.start or start >= m.end for m in found)
+    def take(start: int, end: int) -> bool:
+        if any(taken[start:end]):
+            return False
+        taken[start:end] = b"\1" * (end - start)
+        return True
 
     for label in sorted(
         {o for o in options if len(o) > 1 or not o.isascii() or o.isdigit()}, key=len, reverse=True
     ):
         found += [
-            _Mention(*span, _having(options, label), False) for span in places(label, text) if free(*span)
+            _Mention(*span, _having(options, label), False) for span in places(label, text) if take(*span)
         ]
+    texts = {m.start for m in found}
     for m in _LETTER.finditer(text):
-        if free(*m.span()) and (mention := _letter(text, m, options, {x.start for x in found})):
+        if not any(taken[m.start() : m.end()]) and (mention := _letter(text, m, options, texts)):
             found.append(mention)
     if any(m.by_letter for m in found):  # "A is right": a verdict, and not the option "right"
         found = [m for m in found if m.by_letter or text[m.start : m.end].casefold() not in _VERDICTS]
@@ -130,7 +135,7 @@ def _mentions(text: str, options: Sequence[str]) -> list[_Mention]:
 def _letter(text: str, match: re.Match[str], options: Sequence[str], texts: set[int]) -> _Mention | None:
     """A letter as an option, or None: an article, the pronoun I, a letter past the options in running text."""
     start, end, letter = *match.span(), match[0]
-    before, after = text[:start], text[end:]
+    before, after = text[max(0, start - NEAR) : start], text[end : end + NEAR]
     bracketed = bool(re.search(r"[(\[]\s*$", before)) and bool(re.match(r"\s*[)\]]", after))
     named = bracketed or bool(_NAMED.search(before))
     follows = re.match(rf"\s+([^\W\d_{UNSPACED}]+(?:'[^\W\d_]+)?|\d)", after)
@@ -150,11 +155,12 @@ def _letter(text: str, match: re.Match[str], options: Sequence[str], texts: set[
 
 
 def _decided(text: str, found: Sequence[_Mention], how: Sequence[Stance]) -> str | None:
-    claimed = [(m, s) for m, s in zip(found, how, strict=False) if not s.denied and not s.open]
+    claimed = [(m, s) for m, s in zip(found, how, strict=True) if not s.denied and not s.open]
     denied = {
-        next(iter(m.letters)) for m, s in zip(found, how, strict=False) if s.denied and len(m.letters) == 1
+        next(iter(m.letters)) for m, s in zip(found, how, strict=True) if s.denied and len(m.letters) == 1
     }
-    described = {id(m) for m, s in claimed if _described(text, m, s, claimed)}
+    read = [(m, s) for m, s in claimed if s.clause >= 0]
+    described = {id(m) for m, s in read if _described(text, m, s, read)}
     first = [m for m, s in claimed if s.bare and not s.hedged and id(m) not in described]
     second = [m for m, s in claimed if (not m.by_letter or m.called or s.bare) and id(m) not in described]
     third = [m for m, _ in claimed if id(m) in described]

@@ -20,7 +20,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-FIRST, MOST = 0xE000, 6000  # mentions become characters of the private use area
+FIRST, MOST = (
+    0xE000,
+    200,
+)  # so many mentions become characters of the private use area; beyond, all is claimed
 
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
@@ -120,13 +123,16 @@ class _Clause:
 
 def stances(text: str, spans: Sequence[tuple[int, int]]) -> list[Stance]:
     """The stance of an answer towards each span of it. Spans are in order and do not overlap."""
-    spans = spans[:MOST]
+    found = [Stance() for _ in spans]
+    spans, text = spans[:MOST], re.sub("[\ue000-\uf8ff]", " ", text)
+    if not spans:
+        return found
     masked, at = "", 0
     for k, (start, end) in enumerate(spans):
         masked += f"{text[at:start]} {chr(FIRST + k)} "
         at = end
-    found = [Stance() for _ in spans]
-    for number, clause in enumerate(_clauses((masked + text[at:]).casefold().replace("\u2019", "'"))):
+    masked += text[at : at + 1000]
+    for number, clause in enumerate(_clauses(masked.casefold().replace("\u2019", "'"))):
         for index, denied in _denials(clause):
             hedged = any(t in HEDGES for t in clause.tokens)
             found[index] = Stance(denied, clause.open, clause.bare, hedged, number)
@@ -185,12 +191,14 @@ def _of_sentence(sentence: str) -> list[_Clause]:
         parts = _JOIN.split(piece)
         tokens = [_TOKEN.findall(part) for part in parts]
         grown = tokens[0]
-        for k in range(1, len(tokens), 2):
-            if _has_verb(grown) and _has_verb(tokens[k + 1]) and any(map(_is_mark, grown)):
+        verb, mark = _has_verb(grown), any(map(_is_mark, grown))
+        for join, more in zip(parts[1::2], tokens[2::2], strict=True):
+            if verb and mark and _has_verb(more):
                 out.append(_Clause(grown, lead in ONLY_IF, lead))
-                grown, lead = tokens[k + 1], parts[k]
+                grown, lead, verb, mark = more, join, True, any(map(_is_mark, more))
             else:
-                grown = [*grown, *tokens[k], *tokens[k + 1]]
+                grown += [*_TOKEN.findall(join), *more]
+                verb, mark = verb or _has_verb(more), mark or any(map(_is_mark, more))
         out.append(_Clause(grown, lead in ONLY_IF, lead))
     return _judged([c for c in out if c.tokens])
 

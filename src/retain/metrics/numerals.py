@@ -122,7 +122,8 @@ def _digits(match: re.Match[str]) -> str:
     if words[:1] in (["a"], ["an"]):
         words = words[2:]
     if words == ["one"]:
-        before, after = match.string[: match.start()], match.string[match.end() :]
+        at, end = match.span()
+        before, after = match.string[max(0, at - 60) : at], match.string[end : end + 20]
         if _PRONOUN.search(before) or re.match(r"\s+(?:of|another)\b|['\u2019]s\b", after):
             return match[0]
     out, total, part, room = "", 0, 0, 0

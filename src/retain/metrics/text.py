@@ -165,10 +165,10 @@ def stated(text: str) -> frozenset[float]:
     kept = stances(text, [(n.start, n.end) for n in found])
     return frozenset(
         n.value
-        for n, stance in zip(found, kept, strict=False)
+        for n, stance in zip(found, kept, strict=True)
         if not (stance.denied or stance.open)
-        and not _BOUND_BEFORE.search(text[: n.start][-40:])
-        and not _BOUND_BEHIND.match(text[n.end :])
+        and not _BOUND_BEFORE.search(text[max(0, n.start - 40) : n.start])
+        and not _BOUND_BEHIND.match(text, n.end)
     )
 
 
