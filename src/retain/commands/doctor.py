@@ -112,11 +112,13 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """The last line."""
+        """The last lines."""
         tasks = self.stream.all
         rows = sum(len(t.train) + len(t.valid) + len(t.test) for t in tasks)
         warnings = len(self.found.findings) - self.errors
-        return f"{rows} rows of {len(tasks)} tasks: {self.errors} errors, {warnings} warnings"
+        told = f"{rows} rows of {len(tasks)} tasks: {self.errors} errors, {warnings} warnings"
+        alone = f"no model to ask, so nothing is said of tokens: {self.without_model}\n"
+        return alone * bool(self.without_model) + told
 
 
 def report(recipe: Recipe) -> Report:
@@ -147,9 +149,7 @@ def compared(name: str) -> tuple[Rows, bool]:
 def tables(made: Report) -> Iterator[tuple[Rows, str]]:
     """Everything that the command prints, with titles."""
     yield task_rows(made), "tasks: answers, and what scores without looking"
-    if made.without_model:
-        yield [["no model to ask, so nothing is said of tokens", made.without_model]], ""
-    else:
+    if not made.without_model:
         yield token_rows(made), "tokens: median and largest"
     if made.found.findings:
         yield finding_rows(made.found.findings), "findings"
