@@ -208,3 +208,30 @@ def test_the_doctor_says_what_the_model_will_not_see(make: Callable[..., HFModel
     words = "of the width of a picture of 90 x 60 away; model.square: pad"
     assert words in CliRunner().invoke(app, ["doctor", str(recipe)]).stdout
     assert words not in CliRunner().invoke(app, ["doctor", str(recipe), "model.square=pad"]).stdout
+
+
+def test_a_family_without_a_row_runs_as_hugging_face_drives_it(
+    make: Callable[..., HFModel], tmp_path: Path
+) -> None:
+    """Crops, a window and scaled logits, uncached; a route is refused by method and family before anything is written."""
+    model = make("aya_vision")
+    assert model.family.features is None and all(f.agrees for f in guard.compare(model))
+    own = {"train": "train.jsonl", "test": "train.jsonl"}
+    rows = [{"id": f"r{i}", "image": f"{i}.png", "text": "What?", "answer": "red"} for i in range(2)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for i, (w, h) in enumerate([(30, 60), (45, 31)]):
+        Image.fromarray(np.full((h, w, 3), 90 * i + 30, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    recipe = {
+        "model": str(FOLDERS["aya_vision"]), "stream": {"tasks": [{"name": "a", **own}, {"name": "b", **own}]},
+        "adapter": {"rank": 2}, "optim": {"steps": 2, "batch_size": 2}, "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    for method in ("hide", "lora"):
+        (tmp_path / f"{method}.yaml").write_text(json.dumps({**recipe, "method": method}))
+    refused = CliRunner().invoke(app, ["run", str(tmp_path / "hide.yaml"), "-q"])
+    assert refused.exit_code == 2 and "hide" in refused.stderr and "aya_vision family" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    assert CliRunner().invoke(app, ["run", str(tmp_path / "lora.yaml"), "-q"]).exit_code == 0
+    for how in ([], ["--merged"]):
+        to = str(tmp_path / f"to{len(how)}")
+        told = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--to", to, *how])
+        assert told.exit_code == 0 and "logits checked against stock" in told.stdout, told.output

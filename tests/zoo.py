@@ -155,6 +155,13 @@ GRANITE = (
     "{% for m in messages %}{{ '<|start_of_role|>' + m['role'] + '<|end_of_role|>' + m['content'] + '<|end_of_text|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
 )
+AYA = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|><|' + "
+    "{'user': 'USER', 'assistant': 'CHATBOT', 'system': 'SYSTEM'}[m['role']] + '_TOKEN|>' }}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}{{ '<image>' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|END_OF_TURN_TOKEN|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
+)
 COHERE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|><|' + "
     "{'user': 'USER', 'assistant': 'CHATBOT', 'system': 'SYSTEM'}[m['role']] + '_TOKEN|>' + m['content'] | trim"
@@ -706,6 +713,29 @@ def cohere() -> Made:
     return Made("CohereForCausalLM", _text("cohere", tok, logit_scale=0.25), tok, None, {}, COHERE)
 
 
+# -- a family that `retain` has no row for -------------------------------------------------------------------------
+
+
+def aya_vision() -> Made:
+    """Aya Vision (aya-vision-8b): crops, a projector that shuffles pixels, Cohere 2's window and scaled logits."""
+    vocab, merges = _byte_level()
+    turns = ["<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"]
+    image = ["<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>"]
+    tok = CohereTokenizer(vocab, merges, padding_side="left", extra_special_tokens=[*turns, *image])
+    config = {
+        "model_type": "aya_vision", "image_token_index": _ids(tok, i="<|IMG_PATCH|>")["i"], "downsample_factor": 2,
+        "vision_config": _tower("siglip_vision_model", vision_use_head=False), "alignment_intermediate_size": 64,
+        "text_config": _text("cohere2", tok, logit_scale=0.25, sliding_window=16), "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full", "adapter_layer_norm_eps": 1e-6,
+    }  # fmt: skip
+    images = {
+        "image_processor_type": "GotOcr2ImageProcessor", "size": {"height": SIDE, "width": SIDE}, "min_patches": 1,
+        "max_patches": 4, "crop_to_patches": True, "do_convert_rgb": True, **CLIP,
+    }  # fmt: skip
+    processor = {"processor_class": "AyaVisionProcessor", "patch_size": 2 * PATCH, "img_size": SIDE}
+    return Made("AyaVisionForConditionalGeneration", config, tok, images, processor, AYA)
+
+
 # -- families that are refused, or that work in part -----------------------------------------------------------
 
 
@@ -802,7 +832,9 @@ OLD = ("qwen2_vl", "qwen2_5_vl")
 """Written as before transformers 4.50: no processor_config.json, the template in a chat_template.json."""
 HALVED = ("qwen2_5_vl", "gemma3", "pixtral", "llama")
 """Written in bf16."""
-ALL = {**FAMILIES, **TEXT_ONLY, **REFUSED, **PARTIAL}
+UNKNOWN: dict[str, Callable[[], Made]] = {"aya_vision": aya_vision}
+"""Families that `retain` drives as Hugging Face does, without a row of their own."""
+ALL = {**FAMILIES, **TEXT_ONLY, **REFUSED, **PARTIAL, **UNKNOWN}
 
 
 def build(name: str, folder: Path, seed: int = 0) -> Path:

@@ -316,7 +316,7 @@ class HFModel:
         mask = inputs["attention_mask"] if seen else None
         call: dict[str, Any] = {
             "attention_mask": mask,
-            "past_key_values": cache,
+            "cache": cache,
             "use_cache": cache is not None,
         }
         if "position_ids" in inputs and (self.family.grid_rope or mask is not None):
@@ -541,7 +541,7 @@ class HFModel:
                 return next_logits(hidden, self.head)
             out = self.language(
                 inputs_embeds=self.embed(token_B[:, None]), attention_mask=mask_BS, position_ids=positions,
-                past_key_values=cache, use_cache=True,
+                cache=cache, use_cache=True,
             )  # fmt: skip
             return next_logits(out.last_hidden_state, self.head)
 
