@@ -13,7 +13,7 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -26,7 +26,7 @@ from retain.run.evaluate import EvalOptions
 from retain.run.track import TRACKERS
 from retain.run.train import Optim
 from retain.types import RetainError
-from retain.values import Plain, fill, kind, near, override, prefixed, read_yaml, typed
+from retain.values import LATER, Plain, fill, kind, near, override, prefixed, read_yaml, typed, written
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ModelSpec:
     device: str = "auto"
     max_length: int | None = None
     truncate: bool = False
-    square: Literal["crop", "pad"] = "crop"
+    square: Literal["crop", "pad"] = field(default="crop", metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class Recipe:
         """Every value as plain data with absolute paths: `parse` makes the same recipe from it anywhere."""
         kind = self.adapter.kind
         return {
-            "model": _unlike(self.model, "square"),
+            "model": written(self.model),
             "adapter": ({} if kind == "lora" else {"kind": kind}) | asdict(self.adapter),
             "stream": self.stream,
             "method": self.method,
-            "optim": _unlike(self.optim, "turns"),
+            "optim": written(self.optim),
             "eval": asdict(self.eval),
             "seed": self.seed,
             "out": str(self.out),
@@ -107,15 +107,6 @@ class Recipe:
             "track": list(self.track),
             "reuse": str(self.reuse) if self.reuse else "",
         }
-
-
-def _unlike(spec: Any, *later: str) -> Plain:
-    """A part of the recipe as plain data; keys that came later only where they differ from their default.
-
-    So a run folder written before there was the key is that of the same recipe.
-    """
-    defaults = {f.name: f.default for f in fields(spec)}
-    return {k: v for k, v in asdict(spec).items() if k not in later or v != defaults[k]}
 
 
 # -- reading ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
@@ -200,3 +200,18 @@ def prefixed(where: str, call: Callable[[], T]) -> T:
         return call()
     except RetainError as error:
         raise type(error)(f"{where}: {error}") from None
+
+
+LATER = {"later": True}
+"""Marks a field that came after run folders had been written without it."""
+
+
+def written(spec: Any) -> Plain:
+    """A dataclass as plain data; a field that came LATER only where it differs from its default.
+
+    So a run folder that was written before there was the field is that of the same recipe.
+    """
+    told = asdict(spec)
+    return {
+        f.name: told[f.name] for f in fields(spec) if not f.metadata.get("later") or told[f.name] != f.default
+    }

@@ -12,7 +12,6 @@ from statistics import median
 
 import numpy as np
 import torch
-from PIL import Image as PILImage
 
 from retain.assemble import build_stream, model_source
 from retain.commands.plan import encoder, skeleton
@@ -79,13 +78,13 @@ class ModelReader:
 def cut_off(encode: Encoder, width: int, height: int) -> tuple[float, float]:
     """Shares of a picture's width and height that the processor cuts away, found by changing what stands there."""
     grey = np.full((height, width, 3), 128, dtype=np.uint8)
-    plain = encode.pixels_of(PILImage.fromarray(grey))
+    plain = encode.pixels_of(grey)
 
     def unseen(axis: int, n: int) -> bool:
         """Whether `n` lines at both ends of an axis change nothing of what the model is shown."""
         marked = np.moveaxis(grey.copy(), axis, 0)
         marked[:n] = marked[len(marked) - n :] = 255
-        return torch.equal(encode.pixels_of(PILImage.fromarray(np.moveaxis(marked, 0, axis))), plain)
+        return torch.equal(encode.pixels_of(np.moveaxis(marked, 0, axis)), plain)
 
     def lost(axis: int, size: int) -> float:
         seen, hidden = size // 2 + 1, 0  # lines at an end: so many are seen for sure, so many are not

@@ -125,9 +125,9 @@ class Encoder:
         image = open_image(source, example_id)
         return padded(image, self._background()) if self.square == "pad" else image
 
-    def pixels_of(self, picture: PILImage.Image) -> Tensor:
-        """What the tower is shown of one picture, as `opened` gives it: the processor's pixel values."""
-        return self._process(picture, "", "")["pixel_values"]
+    def pixels_of(self, picture: ImageSource) -> Tensor:
+        """What the tower is shown of one picture: the processor's pixel values."""
+        return self._process(self.opened(picture, ""), "", "")["pixel_values"]
 
     def types(self, prompt: Sequence[int], answer: Sequence[int]) -> list[int] | None:
         """Token types of a row, for a family whose mask depends on them."""

@@ -36,6 +36,7 @@ from retain.run.store import Row, RunDir, TunedDir, differences, empty, safe
 from retain.run.train import FitStats, Optim, fit
 from retain.stream import Stream, Task
 from retain.types import Examples, RetainError, digest
+from retain.values import written
 
 PACKAGES = ("retain", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow")
 
@@ -356,9 +357,13 @@ def setting(r: Running) -> dict[str, Any]:
         n: digest(ast.dump(ast.parse(Path(f).read_text()))) for n, f in files.items() if f and n not in own
     }
     made = {
-        "method": [{p.name: p.config()} for p in r.method.parts], "code": code, "optim": asdict(r.optim),
+        "method": [{p.name: p.config()} for p in r.method.parts], "code": code, "optim": written(r.optim),
         "eval": asdict(r.options), "seed": r.seed, "tasks": [t.name for t in r.stream.all],
     }  # fmt: skip
+    if any(sum(m.role == "assistant" for m in e.messages) > 1 for t in r.stream for e in t.train):
+        made["turns"] = (
+            r.optim.turns
+        )  # folders from before there was the choice learned the last, and do not say so
     plain: dict[str, Any] = json.loads(json.dumps(made, default=str))
     return plain
 

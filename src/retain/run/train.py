@@ -25,6 +25,7 @@ from retain.method import Context, Method, answer
 from retain.models.base import Model, Turns
 from retain.run.engine import Engine, autocast, peak_memory
 from retain.types import Batch, Examples, RetainError, digest
+from retain.values import LATER, written
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Optim:
     group_by_length: bool = True
     checkpoint_every: int = 0
     log_every: int = 10
-    turns: Turns = "all"  # of a conversation every assistant turn is learned, or the last
+    turns: Turns = field(
+        default="all", metadata=LATER
+    )  # of a conversation every assistant turn is learned, or the last
 
     def __post_init__(self) -> None:
         for name in ("lr", "epochs", "batch_size", "accumulate", "log_every"):
@@ -227,7 +230,7 @@ def tuned_key(
         return None
     bank = model.adapters
     on = sorted({*bank.mix.names, *(k.split("/", 1)[0] for k in bank.trainable())})
-    how = {k: v for k, v in asdict(optim).items() if k not in ("checkpoint_every", "log_every")}
+    how = {k: v for k, v in written(optim).items() if k not in ("checkpoint_every", "log_every")}
     where = [engine.world, str(model.device), torch.get_num_threads(), torch.__version__]
     return digest(
         [model.fingerprint(), bank.signature, bank.mix.to_json(), {n: bank.state(n) for n in on}, list(bank.trainable()),
