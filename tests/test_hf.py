@@ -452,3 +452,25 @@ def test_words_between_pictures_keep_their_places(any_model: HFModel) -> None:
     assert order == sorted(order) and (shown < order[0]) == (any_model.family.name == "llava")
     with pytest.raises(RetainError, match="ascending offsets into its 26 characters"):
         Message("user", "Before:After:What changed?", 2, (13, 7))
+
+
+def test_a_turn_that_the_template_rewrites_cannot_be_learned(llava: HFModel) -> None:
+    """As templates that drop the thoughts of earlier turns do; the last turn alone can."""
+    talk = (
+        Message("user", "one?"),
+        Message("assistant", "<think>hm</think>two"),
+        Message("user", "three?"),
+        Message("assistant", "four"),
+    )
+    example = Example("t", talk)
+    was = llava.encode.template
+    llava.encode.template = was.replace("{{ c['text'] }}", "{{ c['text'].split('</think>')[-1] }}")
+    try:
+        with pytest.raises(
+            RetainError, match=r"'t': the chat template does not write turn 2 .* set optim\.turns to last"
+        ):
+            llava.collate([example], answers=True)
+        last = llava.collate([Example("u", talk)], answers=True, turns="last")
+    finally:
+        llava.encode.template = was
+    assert last.n_answer > 0

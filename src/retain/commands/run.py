@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from retain.assemble import build_method, build_model, build_stream
 from retain.config import Recipe
 from retain.metrics import AccuracyMatrix
-from retain.models.base import Model
+from retain.models.base import Model, Turns
 from retain.run import continual
 from retain.run.engine import Engine
 from retain.run.progress import Progress
@@ -33,7 +33,7 @@ def _started(recipe: Recipe, engine: Engine, quiet: bool) -> AccuracyMatrix:
     parts = (recipe.optim, recipe.eval, old, engine, continual.Silent(), recipe.seed)
     continual.check(continual.Running(model, stream, method, *parts))
     if not old.done:
-        check_lengths(model, stream)
+        check_examples(model, stream, recipe.optim.turns)
     engine.wait()  # the other processes must have looked before the first one writes
     store = RunDir.open(recipe.out, resolved, main=engine.main)
     engine.wait()  # and the first one must have made the folder before others write into it
@@ -57,13 +57,15 @@ def _started(recipe: Recipe, engine: Engine, quiet: bool) -> AccuracyMatrix:
     return matrix
 
 
-def check_lengths(model: Model, stream: Stream) -> None:
-    """Encode every example once, so that one that does not fit the model is named now."""
+def check_examples(model: Model, stream: Stream, turns: Turns) -> None:
+    """Encode every example once, so that one that does not fit the model, or cannot be learned whole, is named now."""
     for task in stream.all:
         for split, examples in (("train", task.train), ("test", task.test)):
             for row, example in enumerate(examples, 1):
                 try:
                     model.length(example)
+                    if split == "train" and sum(m.role == "assistant" for m in example.messages) > 1:
+                        model.collate([example], answers=True, turns=turns)
                 except RetainError as error:
                     raise RetainError(f"task {task.name!r}, {split}, row {row}: {error}") from error
 

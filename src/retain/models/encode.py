@@ -48,13 +48,15 @@ class ImageRef:
 class Encoded:
     """An example as token ids. Image tokens are in the prompt only; an untruncated answer ends with EOS.
 
-    `earlier` are places (start, stop) in the prompt that hold answers of earlier turns, with what ends them.
+    `earlier` are places (start, stop) in the prompt that hold answers of earlier turns, with what ends them; `unfound`
+    says which of them the template does not write as they are, so that they cannot be learned.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     images: tuple[ImageRef, ...]
     earlier: tuple[tuple[int, int], ...] = ()
+    unfound: str = ""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -250,8 +252,8 @@ class Encoder:
             said = self._marked(example.answer)
             before, after = self._around(text, messages, said)
             answer = (*self._answer(prompt, expanded, before + said), self._end(after))
-        earlier = self._earlier(prompt_messages, text, prompt, tokens)
-        return self._fit(Encoded(prompt, answer, tuple(refs), earlier), example)
+        earlier, unfound = self._earlier(prompt_messages, text, prompt, tokens)
+        return self._fit(Encoded(prompt, answer, tuple(refs), earlier, unfound), example)
 
     def _rendered(self, messages: tuple[Message, ...], example: Example, generate: bool) -> str:
         """`render`; what the template refuses, or drops, is an error that names the example."""
@@ -284,24 +286,22 @@ class Encoder:
 
     def _earlier(
         self, messages: tuple[Message, ...], text: str, prompt: tuple[int, ...], tokens: Sequence[str]
-    ) -> tuple[tuple[int, int], ...]:
-        """Where the answers of earlier turns, and the tokens that end them, lie in the prompt."""
-        out = []
+    ) -> tuple[tuple[tuple[int, int], ...], str]:
+        """Where the answers of earlier turns, and the tokens that end them, lie in the prompt; and one that is not found."""
+        out, unfound = [], ""
         for k, m in enumerate(messages):
             if m.role != "assistant":
                 continue
             said, shown = self._marked(m.text), sum(n.images for n in messages[:k])
             begins, start = self._begins(messages[:k], said, text)
             if start < 0:
-                raise RetainError(
-                    f"turn {k + 1} of a conversation ({m.text[:40]!r}) is not found in what the chat template "
-                    "writes; set optim.turns to 'last', or give one turn to a row"
-                )
+                unfound = f"turn {k + 1} ({m.text[:40]!r})"
+                continue
             first = _common(self.ids(self._expanded(text[:begins], tokens[:shown])), prompt)
             last = _common(self.ids(self._expanded(text[: start + len(said)], tokens[:shown])), prompt)
             ends = last < len(prompt) and prompt[last] in self.eos
             out.append((first, last + ends))
-        return tuple(out)
+        return tuple(out), unfound
 
     def _begins(self, before: tuple[Message, ...], said: str, text: str) -> tuple[int, int]:
         """Where in the text the model begins to speak behind some turns, and where its answer stands; -1: nowhere."""

@@ -345,7 +345,9 @@ def _store(model: Probed) -> Path:
 def _of_processor(model: Probed) -> str:
     """A hash of all that the processor's words and pictures depend on."""
     processor, tokenizer = model.processor, model.processor.tokenizer
-    parts = [type(processor).__name__, model.encode.template, tokenizer.backend_tokenizer.to_str()]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    parts = [type(processor).__name__, model.encode.template, words]
     images = getattr(processor, "image_processor", None)
     if images is not None:
         parts.append(images.to_json_string())

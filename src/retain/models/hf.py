@@ -192,6 +192,11 @@ class HFModel:
             ids_BT[i, at : at + len(row)] = torch.tensor(row)
             mask_BT[i, at : at + len(row)] = 1
             if answers:
+                if turns == "all" and e.unfound:
+                    raise RetainError(
+                        f"example {examples[i].id!r}: the chat template does not write {e.unfound} as it is, so it cannot "
+                        "be learned; set optim.turns to last, or give one turn to a row"
+                    )
                 spans = [(len(e.prompt), len(row)), *(e.earlier if turns == "all" else ())]
                 for first, last in spans:
                     labels_BT[i, first:last] = torch.tensor(row[first:last], dtype=torch.long)
