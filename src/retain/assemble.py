@@ -50,12 +50,9 @@ def build_stream(recipe: Recipe) -> Stream:
 
 def build_model(recipe: Recipe, device: torch.device | None = None) -> HFModel:
     """The base model with this recipe's adapters. A Hub id is the only thing ever downloaded."""
-    from transformers.utils import logging  # slow to import, and so is the next
+    from retain.models.hf import HFModel  # slow to import
 
-    from retain.models.hf import HFModel
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    without_bars()
     spec = recipe.model
     return prefixed(
         f"{recipe.path}",
@@ -71,6 +68,14 @@ def build_model(recipe: Recipe, device: torch.device | None = None) -> HFModel:
             square=spec.square,
         ),
     )
+
+
+def without_bars() -> None:
+    """No progress bars of transformers in a pipe or a file."""
+    from transformers.utils import logging  # slow to import
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def model_source(name: str) -> str:

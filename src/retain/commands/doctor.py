@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from retain.assemble import build_stream, model_source
+from retain.assemble import build_stream, model_source, without_bars
 from retain.commands.plan import encoder, skeleton
 from retain.config import Recipe
 from retain.data.doctor import Checked, Examination, Lengths, examine, finding_rows
@@ -134,6 +134,7 @@ def report(recipe: Recipe) -> Report:
 
 def compared(name: str) -> tuple[Rows, bool]:
     """A model beside Hugging Face's own call, as a table; whether all of it agrees. Nothing remembered is used."""
+    without_bars()
     model = HFModel.load(model_source(name), guard=False)
     try:
         findings = guard.compare(model)
