@@ -140,8 +140,12 @@ def test_what_has_passed_is_not_compared_again(
     assert not guard.passed(other)
 
 
-def test_a_model_in_bf16_passes_within_what_bf16_can_say(make: Callable[..., HFModel]) -> None:
-    findings = guard.check(make("llava", dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*zoo.FAMILIES, *zoo.TEXT_ONLY])
+def test_a_model_in_half_precision_passes_within_what_it_can_say(
+    name: str, dtype: torch.dtype, make: Callable[..., HFModel]
+) -> None:
+    findings = guard.check(make(name, dtype=dtype))
     assert max(f.allowed for f in findings) >= guard.RELATIVE and all(f.agrees for f in findings)
     rows = guard.rows(findings)
     assert rows[0][-1] == "agrees" and {r[-1] for r in rows[1:]} == {"yes"}

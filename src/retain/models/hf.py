@@ -397,7 +397,7 @@ class HFModel:
     def _live_features(self, batch: Batch) -> list[Tensor]:
         """Tower features with adapters in the tower: together where the family allows it, else one by one."""
         assert self.family.features is not None
-        pixels = [{k: v.to(self.device) for k, v in p.items()} for p in batch.meta["pixels"]]
+        pixels = [self._moved(p) for p in batch.meta["pixels"]]
         if self.family.stack:
             return [self.family.features(self.hf, {k: torch.cat([p[k] for p in pixels]) for k in pixels[0]})]
         out = []
@@ -408,10 +408,17 @@ class HFModel:
                 out.append(self.family.features(self.hf, inputs))
         return out
 
+    def _moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """To the model's device, and what is no whole number to its type."""
+        return {
+            k: v.to(self.device, self.hf.dtype) if v.is_floating_point() else v.to(self.device)
+            for k, v in inputs.items()
+        }
+
     def _stock_features(self, inputs: Mapping[str, Tensor], row: Tensor) -> Tensor:
         """What the model itself makes of one picture: (M, D). Adapters in front see the sample it belongs to."""
         with self.adapters.images(row[None].to(self.device)):
-            out = self.hf.model.get_image_features(**{k: v.to(self.device) for k, v in inputs.items()})
+            out = self.hf.model.get_image_features(**self._moved(inputs))
         made = getattr(out, "pooler_output", out)
         return torch.cat([m.flatten(0, -2) for m in ([made] if isinstance(made, Tensor) else made)])
 
@@ -441,7 +448,7 @@ class HFModel:
         """One tower call of exactly `size` images (repeating the last): every call has the same shape."""
         assert self.family.features is not None
         full = [*pixels, *[pixels[-1]] * (size - len(pixels))]
-        inputs = {k: torch.cat([p[k] for p in full]).to(self.device) for k in full[0]}
+        inputs = self._moved({k: torch.cat([p[k] for p in full]) for k in full[0]})
         # The model's own precision, whatever the caller's: features must not depend on who asked first.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             out = self.family.features(self.hf, inputs)
