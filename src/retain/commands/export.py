@@ -72,10 +72,9 @@ def _compared(stock: Stock, wanted: Wanted, other: str) -> str:
                 f"the run's own ({allowed:.0e} is allowed)"
             )
         worst = max(worst, (difference, allowed))
-    return (
-        f"logits checked against stock {other} with {type(stock.processor).__name__} on {len(wanted)} conversations, "
-        f"largest difference {worst[0]:.1e}"
-    )
+    how = f"largest difference {worst[0]:.1e}" if exact else f"root mean square difference {worst[0]:.1%}"
+    processor = type(stock.processor).__name__
+    return f"logits checked against stock {other} with {processor} on {len(wanted)} conversations, {how}"
 
 
 def _row(run: RunDir, after: int | None) -> Row:
