@@ -474,3 +474,13 @@ def test_a_turn_that_the_template_rewrites_cannot_be_learned(llava: HFModel) -> 
     finally:
         llava.encode.template = was
     assert last.n_answer > 0
+
+
+def test_a_placeholder_in_the_words_of_an_example_with_a_picture_is_a_word(any_model: HFModel) -> None:
+    token = any_model.encode.image_token
+    talk = (Message("user", f"What does {token} mean?", 1), Message("assistant", "red"))
+    plain = Example("p", (Message("user", "What does it mean?", 1), talk[1]), (tiny.picture(1),))
+    said, there = any_model.encode(Example("x", talk, plain.images)), any_model.encode(plain)
+    at = any_model.encode.image_token_id
+    assert said.prompt.count(at) == there.prompt.count(at) == said.images[0].n_tokens
+    assert any_model(any_model.collate([Example("y", talk, plain.images)], answers=True)).loss.isfinite()

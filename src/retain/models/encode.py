@@ -280,7 +280,8 @@ class Encoder:
             own = [MARKED.sub("", t) for t in texts]  # placeholders in the data's words are none
             self.processor.validate_inputs(images=images, text=own)
             (text,) = texts
-        parts = text.split(self.image_token) if tokens else [text]
+        # a marked placeholder is a word of the data and stands for no image
+        parts = re.split(f"(?<!{MARK}){re.escape(self.image_token)}", text) if tokens else [text]
         assert len(parts) == len(tokens) + 1
         return "".join(part for pair in zip(parts, [*tokens, ""], strict=True) for part in pair)
 

@@ -152,26 +152,20 @@ def _anyres_features(model: Any, inputs: Inputs) -> Tensor:
     return _layers(model.config, model.model.vision_tower(pixels, output_hidden_states=True).hidden_states)
 
 
-def _next_project(model: Any, features: Tensor, rows: Sequence[int], sizes: Sizes) -> Tensor:
+def _packed(model: Any, features: Tensor, rows: Sequence[int], sizes: Sizes, **how: Any) -> Tensor:
     projected = model.model.multi_modal_projector(features).split(list(rows))
-    packed, _ = model.model.pack_image_features(
-        projected,
-        torch.tensor(sizes),
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        image_newline=model.model.image_newline,
-    )
+    newline = model.model.image_newline
+    packed, _ = model.model.pack_image_features(projected, torch.tensor(sizes), image_newline=newline, **how)
     return torch.cat(packed)
+
+
+def _next_project(model: Any, features: Tensor, rows: Sequence[int], sizes: Sizes) -> Tensor:
+    select = model.config.vision_feature_select_strategy
+    return _packed(model, features, rows, sizes, vision_feature_select_strategy=select)
 
 
 def _onevision_project(model: Any, features: Tensor, rows: Sequence[int], sizes: Sizes) -> Tensor:
-    projected = model.model.multi_modal_projector(features).split(list(rows))
-    packed, _ = model.model.pack_image_features(
-        projected,
-        torch.tensor(sizes),
-        image_newline=model.model.image_newline,
-        vision_aspect_ratio=model.config.vision_aspect_ratio,
-    )
-    return torch.cat(packed)
+    return _packed(model, features, rows, sizes, vision_aspect_ratio=model.config.vision_aspect_ratio)
 
 
 # -- Idefics3, SmolVLM: an image is R crops ------------------------------------------------------------------
