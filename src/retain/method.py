@@ -3,21 +3,23 @@
     method.check(model, stream)                             # all          refuse what cannot work, before the run begins
     for task in method.stages(stream):                      # usually the stream itself; multi-task joins it
         bank.mix = method.adapt(ctx)                        # ONE owner    grow or choose adapters; what is on
-        method.begin_task(ctx)                              # list order   snapshot, teacher, anchor
+        method.begin_task(ctx)                              # by role      snapshot, teacher, anchor
         examples = method.data(ctx, task.train)             # pipeline     replay, selection, rewriting
         for batch in batches(examples):
             mix = method.batch_mix(ctx, batch)              # ONE owner    per sample, in training; None: adapt's mix
             out = model(batch)
             loss = out.loss + method.loss(ctx, batch, out)  # sum          a named term, logged
             loss.backward()
-            method.grads(ctx)                               # list order   projection, before the step
+            method.grads(ctx)                               # by role      projection, before the step
             optimizer.step()
-            method.after_step(ctx)                          # list order   EMA, re-projection; .grad is still there
-        method.end_task(ctx)                                # list order   Fisher, merge, buffer, prototypes
+            method.after_step(ctx)                          # by role      re-projection, EMA; .grad is still there
+        method.end_task(ctx)                                # by role      average, merge, Fisher, prototypes
     at inference: mix = method.route(ctx, batch)            # ONE owner    per sample; None: the mix as it is
 
 Fields with `init=True` are hyper-parameters, fields with `init=False` are saved state; a method has no other
-attribute. Hooks return what they contribute; they write their own fields and the bank, nothing else.
+attribute. Hooks return what they contribute; they write their own fields and the bank, nothing else. By role: a part
+declares what it does at a hook (`retain.order`); without a role it acts at its place in the list. What a part keeps is
+its own: a copy, where another part or the optimizer may write.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -37,6 +40,7 @@ from torch import Generator, Tensor
 
 from retain.adapters.bank import Mix
 from retain.models.base import Model, Turns
+from retain.order import arranged, check_roles, check_together
 from retain.stream import Stream, Task
 from retain.types import Batch, Conflict, Examples, Output, RetainError
 
@@ -53,6 +57,10 @@ class Context:
 
     `seen` are the names of the tasks learned before this one; `step` counts optimizer steps of this task from 0;
     `turns` says which answers of a conversation are learned, for a method that collates batches of its own.
+    `micro_size`: how many samples a forward of training takes (0: a whole batch); a pass of a method's own takes no
+    more. Within `checkpointing()` gradients are made as sparingly as in training, whether dropout is on or off.
+    `before(batch)`: the mix with which the model answered these samples before the task, per sample where it is
+    routed; for parts with `asks_before`.
     """
 
     model: Model
@@ -65,6 +73,9 @@ class Context:
     n_steps: int = 0
     batch_size: int = 16
     turns: Turns = "all"
+    micro_size: int = 0
+    checkpointing: Callable[[], AbstractContextManager[None]] = nullcontext
+    before: Callable[[Batch], Mix] | None = None
 
     def rng(self, who: str) -> Generator:
         """A fresh generator from (seed, task, who): nothing is shared, so switching a part off leaves others as they are."""
@@ -84,6 +95,8 @@ class Method:
     source: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[tuple[str, ...]] = ("lora",)  # that its `adapt` can grow: the recipe's adapter.kind
+    roles: ClassVar[Mapping[str, str]] = {}  # hook -> what this part does there, of `retain.order.ROLES`
+    asks_before: ClassVar[bool] = False  # reads `ctx.before`
 
     def stages(self, stream: Stream) -> Sequence[Task]:
         """What is trained on, in order. ONE owner. Default: the stream's tasks; joint training returns one task."""
@@ -162,10 +175,14 @@ class Method:
         """The simple methods that this one consists of."""
         return (self,)
 
+    def order(self, hook: str) -> tuple[Method, ...]:
+        """The parts in the order in which they act at a hook (`retain.order`)."""
+        return arranged(self.parts, hook)
+
 
 @dataclass(init=False)
 class Stack(Method):
-    """Methods in order, as one method. Stacks nest; two owners of one hook raise `Conflict` by name."""
+    """Methods as one method. Stacks nest; two owners of one hook, or roles that exclude each other, raise `Conflict`."""
 
     name: ClassVar[str] = "stack"
     members: tuple[Method, ...] = ()
@@ -176,6 +193,7 @@ class Stack(Method):
             owners = self.owns(hook)
             if len(owners) > 1:
                 raise Conflict(f"{hook}: one part may define it, but {owners} do")
+        check_together(self.parts)
 
     def _owner(self, hook: str) -> Method:
         return next((m for m in self.members if m.owns(hook)), Method())
@@ -204,8 +222,8 @@ class Stack(Method):
         return mix
 
     def begin_task(self, ctx: Context) -> None:
-        for m in self.members:
-            m.begin_task(ctx)
+        for part in self.order("begin_task"):
+            part.begin_task(ctx)
 
     def data(self, ctx: Context, examples: Examples) -> Examples:
         for m in self.members:
@@ -222,16 +240,16 @@ class Stack(Method):
         return total
 
     def grads(self, ctx: Context) -> None:
-        for m in self.members:
-            m.grads(ctx)
+        for part in self.order("grads"):
+            part.grads(ctx)
 
     def after_step(self, ctx: Context) -> None:
-        for m in self.members:
-            m.after_step(ctx)
+        for part in self.order("after_step"):
+            part.after_step(ctx)
 
     def end_task(self, ctx: Context) -> None:
-        for m in self.members:
-            m.end_task(ctx)
+        for part in self.order("end_task"):
+            part.end_task(ctx)
 
     def route(self, ctx: Context, batch: Batch) -> Mix | None:
         return self._owner("route").route(ctx, batch)
@@ -286,6 +304,7 @@ def _check_class(cls: type[Method]) -> None:
         raise RetainError(
             f'class {cls.__name__} has no name; add name: ClassVar[str] = "…", as recipes write it'
         )
+    check_roles(cls.name, cls.roles)
     own = vars(cls).get("__annotations__", {})
     plain = [k for k, v in own.items() if "ClassVar" not in str(v)]
     if plain and "__dataclass_fields__" not in vars(cls):

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import fields
 
 from retain.method import Method, available
+from retain.order import ROLES
 
 HOOKS = {
     "stages": "ONE owner: what is trained on, in order",
     "adapt": "ONE owner: grow or choose adapters; what is on",
-    "begin_task": "in order: snapshots, teachers, anchors",
+    "begin_task": "by role: snapshots, teachers, anchors",
     "data": "pipeline: the examples to train on",
     "batch_mix": "ONE owner: per sample, in training",
     "loss": "sum: a term beside the answer loss",
-    "grads": "in order: after backward, before the step",
-    "after_step": "in order: after each step",
-    "end_task": "in order: after the last step of a task",
+    "grads": "by role: after backward, before the step",
+    "after_step": "by role: after each step",
+    "end_task": "by role: after the last step of a task",
     "route": "ONE owner: per sample, at inference",
 }
 """The hooks in the order of the loop (`retain.method` draws it)."""
@@ -44,17 +45,19 @@ def method_rows() -> Rows:
 
 
 def hook_rows(method: Method) -> Rows:
-    """One row per hook: who acts there, in order, with their settings."""
+    """One row per hook: who acts there, in the order in which they act, with their settings and roles."""
     body = []
     for hook, about in HOOKS.items():
-        owners = [told(part) for part in method.parts if hook in used(type(part))]
+        owners = [told(part, hook) for part in method.order(hook) if hook in used(type(part))]
         body.append([hook, " → ".join(owners) or f"({DEFAULTS.get(hook, 'nobody')})", about])
     return [["hook", "who acts", "rule"], *body]
 
 
-def told(part: Method) -> str:
-    """A part with the settings that differ from its defaults: `replay(size=200)`."""
+def told(part: Method, hook: str = "") -> str:
+    """A part with the settings that differ from its defaults, and its role at a hook: `replay(size=200)`, `ema reads`."""
     own = [f for f in fields(part) if f.init and getattr(part, f.name) != f.default]
-    return (
+    name = (
         f"{part.name}({', '.join(f'{f.name}={getattr(part, f.name)!r}' for f in own)})" if own else part.name
     )
+    role = part.roles.get(hook)
+    return f"{name} {role}" if role in ROLES.get(hook, {}) else name

@@ -17,7 +17,7 @@ from retain.adapters.bank import AdapterBank, Mix, Weight
 from retain.method import Context
 from retain.models.base import Model
 from retain.stream import Stream
-from retain.types import Guide, RetainError
+from retain.types import Batch, Examples, Guide, RetainError
 
 
 def slug(text: str) -> str:
@@ -64,6 +64,20 @@ def take(n_of: int, n: int, rng: torch.Generator) -> list[int]:
     return torch.randperm(n_of, generator=rng)[:n].tolist()
 
 
+def micro_batches(ctx: Context, examples: Examples, rows: Sequence[int]) -> list[tuple[Batch, float]]:
+    """One batch of answers as the micro-batches that training takes, each with its share of the answer tokens.
+
+    The sum of share times loss, and of its gradient, is that of the whole batch.
+    """
+    size = ctx.micro_size or len(rows)
+    batches = [
+        ctx.model.collate([examples[r] for r in rows[i : i + size]], answers=True, turns=ctx.turns)
+        for i in range(0, len(rows), size)
+    ]
+    n_answer = sum(b.n_answer for b in batches)
+    return [(b, b.n_answer / n_answer) for b in batches]
+
+
 def as_shadow(p: Tensor) -> Tensor:
     """An fp32 copy: averages live in fp32, since a 1 % step is below what bf16 resolves."""
     return p.detach().to(torch.float32, copy=True)
@@ -88,9 +102,9 @@ def mean_features(ctx: Context, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     Sums in fp32 over batches and a division at the end: it starts from nothing and never stops moving, whatever
     the batch size and the number of rows (a bf16 counter ends at 8,192).
     """
-    image, text = [], []
-    for i in range(0, len(rows), ctx.batch_size):
-        examples = [ctx.task.train[r] for r in rows[i : i + ctx.batch_size]]
+    image, text, size = [], [], ctx.micro_size or ctx.batch_size
+    for i in range(0, len(rows), size):
+        examples = [ctx.task.train[r] for r in rows[i : i + size]]
         guide = ctx.model.guide(ctx.model.collate(examples, answers=False))
         image.append(guide.image_BF.float().sum(0))
         text.append(guide.text_BD.float().sum(0))

@@ -21,7 +21,7 @@ to which the release owes part of its accuracy: a generative model has none. New
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ from retain.adapters.lora import LoraLinear
 from retain.merge.axes import nth_smallest
 from retain.merge.base import merger
 from retain.method import FULL_PARAMS, Context, Method, register
-from retain.methods._parts import take, trained_names
+from retain.methods._parts import micro_batches, take, trained_names
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import RetainError
@@ -49,6 +49,7 @@ class CoFiMA(Method):
     about: ClassVar[str] = "before and after each task averaged, entries weighed by Fisher information"
     source: ClassVar[str] = "arXiv:2312.08977"
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
+    roles: ClassVar[Mapping[str, str]] = {"end_task": "rewrites"}
 
     lam: float = 0.4
     n_samples: int = 256
@@ -110,23 +111,23 @@ class CoFiMA(Method):
         rows = take(len(ctx.task.train), self.n_samples, ctx.rng("cofima"))
         starts = range(0, len(rows), ctx.batch_size)
         for i in starts:
-            batch = ctx.model.collate(
-                [ctx.task.train[r] for r in rows[i : i + ctx.batch_size]], answers=True, turns=ctx.turns
-            )
-            with self._weight_gradients(ctx) as weights:
-                keys = list(live)
-                grads = torch.autograd.grad(ctx.model(batch).loss, [live[k] for k in keys], allow_unused=True)
-            found = {k: g.float() for k, g in zip(keys, grads) if g is not None and k not in dense} | weights
+            found: dict[str, Tensor] = {}  # gradients of the batch, over its micro-batches
+            for batch, share in micro_batches(ctx, ctx.task.train, rows[i : i + ctx.batch_size]):
+                with ctx.checkpointing(), self._weight_gradients(ctx, found):
+                    loss = ctx.model(batch).loss * share
+                    grads = torch.autograd.grad(loss, list(live.values()), allow_unused=True)
+                for k, g in zip(live, grads, strict=True):
+                    if g is not None and k not in dense:
+                        found[k] = found[k] + g.float() if k in found else g.float()
             for k, g in found.items():
                 sums[k] = sums.get(k, torch.zeros_like(g)) + g.square()
         return {k: v / len(starts) for k, v in sums.items()}
 
     @contextmanager
-    def _weight_gradients(self, ctx: Context) -> Iterator[dict[str, Tensor]]:
-        """Within the block a backward leaves dL/dW (O, I) of every LoRA layer: the sum over rows of dy x^T."""
-        found: dict[str, Tensor] = {}
+    def _weight_gradients(self, ctx: Context, found: dict[str, Tensor]) -> Iterator[None]:
+        """Within the block a backward adds dL/dW (O, I) of every LoRA layer to `found`: the sum over rows of dy x^T."""
         if self.space == "factors":
-            yield found
+            yield
             return
 
         def watch(path: str) -> Any:
@@ -148,7 +149,7 @@ class CoFiMA(Method):
         hooks = [site.register_forward_hook(watch(path)) for path, site in layers]
         try:
             with bank.reading(lambda path, x: None):  # every layer as a module of its own
-                yield found
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

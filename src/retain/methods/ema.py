@@ -9,6 +9,7 @@ ICML 2025, arXiv 2410.10868). `beta: 0` is off, bit for bit. The average is fp32
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -29,6 +30,7 @@ class Ema(Method):
     about: ClassVar[str] = "a fixed-rate average of the weights"
     source: ClassVar[str] = "arXiv:2410.10868"
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
+    roles: ClassVar[Mapping[str, str]] = {"after_step": "reads", "end_task": "settles"}
 
     beta: float = 0.99
 

@@ -23,7 +23,7 @@ adapter name: a new adapter per task has none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from retain.method import FULL_PARAMS, Context, Method, register
-from retain.methods._parts import as_shadow, take
+from retain.methods._parts import as_shadow, micro_batches, take
 from retain.types import Batch, Output, RetainError
 
 
@@ -67,6 +67,7 @@ class EWC(Method):
     about: ClassVar[str] = "important weights are held by springs"
     source: ClassVar[str] = "arXiv:1612.00796"
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
+    roles: ClassVar[Mapping[str, str]] = {"end_task": "reads"}
 
     lam: float = 5000.0
     n_samples: int = 200
@@ -112,21 +113,26 @@ class EWC(Method):
     def _fisher(self, ctx: Context, live: dict[str, Parameter]) -> dict[str, Tensor]:
         """Mean over draws (a sample or a batch) of the squared gradient of the answer loss."""
         total = [torch.zeros_like(p, dtype=torch.float32) for p in live.values()]
-        n_draws = 0
-        for batch in self._draws(ctx):
-            grads = torch.autograd.grad(ctx.model(batch).loss, list(live.values()), allow_unused=True)
-            pairs = [(t, g.float()) for t, g in zip(total, grads, strict=True) if g is not None]
+        rows = take(len(ctx.task.train), self.n_samples, ctx.rng("ewc"))
+        size = 1 if self.per_sample else ctx.batch_size
+        starts = range(0, len(rows), size)
+        for i in starts:
+            grads: list[Tensor | None] = [None] * len(total)  # of the draw, over its micro-batches
+            for batch, share in micro_batches(ctx, ctx.task.train, rows[i : i + size]):
+                with ctx.checkpointing():
+                    loss = ctx.model(batch).loss * share
+                    found = torch.autograd.grad(loss, list(live.values()), allow_unused=True)
+                grads = [_sum(a, b) for a, b in zip(grads, found, strict=True)]
+            pairs = [(t, g) for t, g in zip(total, grads, strict=True) if g is not None]
             if pairs:
                 kept, seen = [t for t, _ in pairs], [g for _, g in pairs]
                 torch._foreach_addcmul_(kept, seen, seen)
-            n_draws += 1
-        torch._foreach_div_(total, n_draws)
+        torch._foreach_div_(total, len(starts))
         return dict(zip(live, total, strict=True))
 
-    def _draws(self, ctx: Context) -> Iterator[Batch]:
-        rows = take(len(ctx.task.train), self.n_samples, ctx.rng("ewc"))
-        size = 1 if self.per_sample else ctx.batch_size
-        for i in range(0, len(rows), size):
-            yield ctx.model.collate(
-                [ctx.task.train[r] for r in rows[i : i + size]], answers=True, turns=ctx.turns
-            )
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """fp32; None is nothing."""
+    if a is None or b is None:
+        return a if b is None else b.float()
+    return a + b.float()

@@ -86,6 +86,7 @@ class Hide(Method):
     name: ClassVar[str] = "hide"
     about: ClassVar[str] = "one LoRA per task: routed at the top layers, fused below"
     source: ClassVar[str] = "arXiv:2503.12941"
+    roles: ClassVar[Mapping[str, str]] = {"end_task": "derives"}
 
     top_k: int = 1
     fusion: str = "factor_sum"

@@ -29,10 +29,11 @@ published numbers were made, could not be verified.
 
 Differs from the released code besides: E in fp32 (theirs in bf16, where a 1 % step is often below
 resolution); a missing gradient is an error or a counted skip (there a bare `except` turns it into a fixed
-average in silence); rates and fallbacks are logged. The previous gradient is kept by reference, not
-copied, and no tensor waits for the host.
+average in silence); rates and fallbacks are logged. The previous gradient is a copy of its own (one pass over the
+bytes), and no tensor waits for the host.
 
-List this part before those that read the final weights (`ewc`).
+In a stack it follows the projected weights (`gpm`), and its average is in place before others read or merge the final
+weights (`retain.order`).
 """
 
 # K tensors
@@ -214,6 +215,7 @@ class Llaca(Method):
     about: ClassVar[str] = "an average of the weights with a rate per tensor and step"
     source: ClassVar[str] = "arXiv:2410.10868"
     needs: ClassVar[frozenset[str]] = frozenset({FULL_GRADS, FULL_PARAMS})
+    roles: ClassVar[Mapping[str, str]] = {"grads": "reads", "after_step": "reads", "end_task": "settles"}
 
     variant: str = "official"
     kappa: float | None = None
@@ -310,7 +312,9 @@ class Llaca(Method):
             if key not in self.shadow:
                 self.shadow[key] = as_shadow(p)
             assert p.grad is not None
-            self.last_grad[key] = p.grad  # by reference: the loop makes a new one at the next step
+            # a copy, in the old one's place: another part may write into .grad, and the memory is the same
+            last = self.last_grad.get(key)
+            self.last_grad[key] = p.grad.clone() if last is None else last.copy_(p.grad)
             if VARIANTS[self.variant].moves:
                 kept = self.last_theta.get(key)
                 self.last_theta[key] = as_shadow(p) if kept is None else kept.copy_(p)

@@ -32,7 +32,7 @@ from retain.adapters.bank import Mix
 from retain.merge.parts import split
 from retain.merge.search import lorahub
 from retain.method import Context, Method, register
-from retain.methods._parts import own_adapter, take
+from retain.methods._parts import micro_batches, own_adapter, take
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import Example, RetainError
@@ -46,6 +46,7 @@ class LoraHub(Method):
     name: ClassVar[str] = "lorahub"
     about: ClassVar[str] = "each task alone, then weights of the sum found on a few examples"
     source: ClassVar[str] = "arXiv:2307.13269"
+    roles: ClassVar[Mapping[str, str]] = {"end_task": "derives"}
 
     steps: int = 40
     shots: int = 5
@@ -78,9 +79,7 @@ class LoraHub(Method):
         bank, names, train = ctx.model.adapters, list(self.adapter_of.values()), ctx.task.train
         shots = [train[i] for i in take(len(train), self.shots, ctx.rng("lorahub-shots"))]
         self.kept = {**self.kept, ctx.task.name: shots}
-        batches = [
-            ctx.model.collate(examples, answers=True, turns=ctx.turns) for examples in self.kept.values()
-        ]
+        batches = [micro_batches(ctx, examples, range(len(examples))) for examples in self.kept.values()]
         bank.mix = Mix({names[-1]: 1.0})  # or an older merge could not be replaced
 
         def stored(state: Mapping[str, Tensor]) -> list[str]:
@@ -88,7 +87,8 @@ class LoraHub(Method):
 
         def loss(state: Mapping[str, Tensor]) -> float:
             with bank.using(Mix(dict.fromkeys(stored(state), 1.0))):
-                return sum(float(ctx.model(batch).loss) for batch in batches) / len(batches)
+                each = [sum(share * float(ctx.model(b).loss) for b, share in micros) for micros in batches]
+                return sum(each) / len(each)
 
         merged, found = lorahub(
             [merging.changes(bank, name) for name in names],

@@ -4,9 +4,10 @@ Li and Hoiem, "Learning without Forgetting", TPAMI 2018 (arXiv 1606.09282).
 
     L = L_new + weight T^2 mean over answer tokens of KL( softmax(z_old / T) || softmax(z / T) )
 
-z_old: the logits of the model as it was when the task began, on the new task's examples. The teacher is a
-copy of the adapter in the bank, so it costs one more forward per micro-batch and no second model; it is
-dropped at the end of the task. The first task has no teacher.
+z_old: the logits of the model as it was when the task began, on the new task's examples: with the mix that it would
+have answered with then, routed per sample where the stack has a router. Adapters of old tasks are in the bank; of
+those that train on a copy is kept there, so the teacher costs one more forward per micro-batch (and the router's) and
+no second model. Copies are dropped at the end of the task. The first task has no teacher.
 
 Differs from Continual-NExT (T = 2, weight 0.001 in code, 0.0001 in its documentation): theirs caches the
 teacher's logits before training, and reads them at label positions without the shift by one; ours at the
@@ -44,6 +45,7 @@ class LwF(Method):
     name: ClassVar[str] = "lwf"
     about: ClassVar[str] = "answers on new inputs stay close to the old model's"
     source: ClassVar[str] = "arXiv:1606.09282"
+    asks_before: ClassVar[bool] = True
 
     weight: float = 1.0
     temperature: float = 2.0
@@ -68,8 +70,10 @@ class LwF(Method):
             return 0.0
         bank = ctx.model.adapters
         ctx.model.train(False)  # the teacher answers without dropout
-        with torch.no_grad(), bank.using(renamed(bank.mix, lambda n: self.teacher.get(n, n))):
-            teacher_NV = ctx.model(batch).logits_NV
+        with torch.no_grad():
+            old = bank.mix if ctx.before is None else ctx.before(batch)
+            with bank.using(renamed(old, lambda n: self.teacher.get(n, n))):
+                teacher_NV = ctx.model(batch).logits_NV
         ctx.model.train(True)
         return distillation(out.logits_NV, teacher_NV, self.temperature) * self.weight
 

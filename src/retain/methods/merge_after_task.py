@@ -11,6 +11,7 @@ that was new in this task has nothing before it. `params: {new: 1}` is off, bit 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -34,6 +35,7 @@ class MergeAfterTask(Method):
     about: ClassVar[str] = "the adapter before and after each task merged into one"
     source: ClassVar[str] = "arXiv:2312.08977"
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
+    roles: ClassVar[Mapping[str, str]] = {"end_task": "rewrites"}
 
     merger: str = "coma"
     params: dict[str, Any] = field(default_factory=dict)

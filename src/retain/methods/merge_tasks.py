@@ -13,6 +13,7 @@ sum it is, without loss (`keep: cat`), or truncated to `rank` (`keep: svd`; the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -36,6 +37,7 @@ class MergeTasks(Method):
     name: ClassVar[str] = "merge_tasks"
     about: ClassVar[str] = "each task alone, then all adapters merged into one"
     source: ClassVar[str] = "arXiv:2502.17159"
+    roles: ClassVar[Mapping[str, str]] = {"end_task": "derives"}
 
     merger: str = "copa"
     params: dict[str, Any] = field(default_factory=dict)

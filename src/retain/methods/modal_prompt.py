@@ -94,6 +94,7 @@ class ModalPrompt(Method):
     about: ClassVar[str] = "soft prompts per task, chosen by image and text"
     source: ClassVar[str] = "arXiv:2410.05849"
     kinds: ClassVar[tuple[str, ...]] = ("prompt",)
+    roles: ClassVar[Mapping[str, str]] = {"end_task": "reads"}
 
     image_weight: float = 0.5  # lam
     prototype_weight: float = 1.0

@@ -56,12 +56,13 @@ OWN = "lora"
 @register
 @dataclass
 class ModelTailor(Method):
-    """One LoRA for all tasks; of what a task changed a small patch stays. List it after `llaca` and `ema`."""
+    """One LoRA for all tasks; of what a task changed a small patch stays."""
 
     name: ClassVar[str] = "model_tailor"
     about: ClassVar[str] = "after each task all but a small, compensated patch is undone"
     source: ClassVar[str] = "arXiv:2402.12048"
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
+    roles: ClassVar[Mapping[str, str]] = {"end_task": "rewrites"}
 
     sparsity: float = 0.9
     sensitivity: str = "obs"

@@ -20,7 +20,7 @@ delta per task; the penalty does not meet it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -66,6 +66,7 @@ class OLora(Method):
     about: ClassVar[str] = "one LoRA per task, all summed, kept orthogonal"
     source: ClassVar[str] = "arXiv:2310.14152"
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
+    roles: ClassVar[Mapping[str, str]] = {"end_task": "derives"}
 
     weight: float = 0.5
     l2_weight: float = 0.0

@@ -7,6 +7,7 @@ minimised.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
@@ -148,6 +149,8 @@ def fit(
     """
     engine, bank = engine or Engine(), model.adapters
     ctx.step, ctx.batch_size, ctx.turns = 0, optim.batch_size, optim.turns
+    ctx.micro_size, ctx.checkpointing = micro_size(optim, engine), partial(_checkpointing, model, optim)
+    ctx.before = _before(method, ctx)
     settings = digest(method.config())
     bank.mix = answer(method, "adapt", method.adapt(ctx))
     method.begin_task(ctx)
@@ -296,20 +299,48 @@ def batches(model: Model, examples: Examples, ctx: Context, optim: Optim, n_step
 def _training(model: Model, optim: Optim) -> Iterator[None]:
     """Training mode, gradient checkpointing if asked for, and the global generator given back as it was."""
     devices = [model.device] if model.device.type == "cuda" else []
-    hf = getattr(model, "hf", None)
-    if optim.grad_checkpointing and hf is None:
-        raise RetainError("optim.grad_checkpointing: this model is no Hugging Face model and cannot")
     with torch.random.fork_rng(devices):
         model.train(True)
-        if optim.grad_checkpointing:
-            # non-reentrant: adapters get gradients although the block inputs need none
-            hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr]
         try:
-            yield
+            with _checkpointing(model, optim):
+                yield
         finally:
-            if optim.grad_checkpointing:
-                hf.gradient_checkpointing_disable()  # type: ignore[union-attr]
             model.train(False)
+
+
+@contextmanager
+def _checkpointing(model: Model, optim: Optim) -> Iterator[None]:
+    """Gradient checkpointing if asked for, also where dropout is off: for the passes that methods make themselves.
+
+    transformers checkpoints a layer that is in training mode. That flag is set on the layers alone and not on what is
+    in them, where dropout and its probabilities are read.
+    """
+    hf = getattr(model, "hf", None)
+    if not optim.grad_checkpointing:
+        yield
+        return
+    if hf is None:
+        raise RetainError("optim.grad_checkpointing: this model is no Hugging Face model and cannot")
+    # non-reentrant: adapters get gradients although the block inputs need none
+    hf.gradient_checkpointing_enable({"use_reentrant": False})
+    alone = [] if hf.training else [m for m in hf.modules() if getattr(m, "gradient_checkpointing", False)]
+    for layer in alone:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in alone:
+            layer.training = False
+        hf.gradient_checkpointing_disable()
+
+
+def _before(method: Method, ctx: Context) -> Callable[[Batch], Mix] | None:
+    """How the model answers before the task: its router as it is now, or its mix. None where no part asks."""
+    if not any(part.asks_before for part in method.parts):
+        return None
+    mix, routers = ctx.model.adapters.mix, [p for p in method.parts if p.owns("route")]
+    router = copy.deepcopy(routers[0]) if routers else method  # `adapt` may change what it goes by
+    return lambda batch: router.route(ctx, batch) or mix
 
 
 def _backward(
@@ -338,10 +369,14 @@ def _backward(
     return loss, int(n_tokens)
 
 
+def micro_size(optim: Optim, engine: Engine) -> int:
+    """How many samples a forward of this process takes."""
+    return max(1, math.ceil(optim.batch_size / optim.accumulate / engine.world))
+
+
 def _micros(model: Model, examples: Examples, rows: list[int], optim: Optim, engine: Engine) -> list[Batch]:
     """This process's micro-batches of a step; none where a short last batch has no sample left for it."""
-    mine = rows[engine.rank :: engine.world]
-    size = max(1, math.ceil(optim.batch_size / optim.accumulate / engine.world))
+    mine, size = rows[engine.rank :: engine.world], micro_size(optim, engine)
     parts = [mine[i : i + size] for i in range(0, len(mine), size)]
     return [model.collate([examples[i] for i in part], answers=True, turns=optim.turns) for part in parts]
 
