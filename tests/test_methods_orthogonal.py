@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import tiny
 from fake_model import FakeModel, context, stream
+from loop_helpers import stream as loop_stream
 from reference import orthogonal as reference
 from retain.adapters.bank import Mix
 from retain.adapters.lora import LoraSpec
-from retain.method import Method, Stack, build
-from retain.methods._projection import grown, guarded, outside, project_grads, project_update
+from retain.method import Context, Method, Stack, build
+from retain.methods import _projection
+from retain.methods._projection import Sketch, guarded, outside, project_grads, project_update
 from retain.methods.gpm import GPM, Reader
 from retain.methods.o_lora import OLora, overlap
+from retain.models.hf import HFModel
 from retain.run.train import Optim, fit
 from retain.types import RetainError
 
@@ -137,11 +141,18 @@ def basis(D: int, K: int, seed: int) -> Tensor:
     return torch.linalg.qr(noise(D, K, seed=seed)).Q
 
 
-def test_outside_equals_the_formula_and_padding_protects_nothing() -> None:
-    change, M = noise(2, 3, 6, seed=0), [basis(6, 4, 1), basis(6, 2, 2)]
-    padded = torch.stack([M[0], torch.cat([M[1], torch.zeros(6, 2)], dim=1)])
-    for got, c, m in zip(outside(change, padded), change, M, strict=True):
-        torch.testing.assert_close(got, torch.tensor(reference.removed(c.tolist(), m.T.tolist())))
+def grown(M: Tensor | None, rows: Tensor, threshold: float) -> Tensor:
+    """The memory after rows that came one after the other."""
+    sketch = Sketch(torch.zeros(rows.shape[1], 0) if M is None else M)
+    for part in rows.split(7):
+        sketch.add(part)
+    return sketch.grown(threshold)
+
+
+def test_outside_equals_the_formula() -> None:
+    change, M = noise(3, 6, seed=0), basis(6, 4, 1)
+    want = torch.tensor(reference.removed(change.tolist(), M.T.tolist()))
+    torch.testing.assert_close(outside(change, M), want)
 
 
 OPTIMIZERS = {
@@ -158,10 +169,13 @@ def test_protected_inputs_keep_their_outputs(optimizer: str, how: str) -> None:
     weights = {
         f"a/{i}.w": torch.nn.Parameter(noise(*s, seed=i)) for i, s in enumerate([(5, 12), (9, 12), (5, 12)])
     }
-    bases = {k: basis(12, 3 + i, 7 + i) for i, k in enumerate(weights)}
-    old = {k: noise(20, m.shape[1], seed=3) @ m.T for k, m in bases.items()}  # inputs that the memory spans
+    shared = {"a/0.w": "x", "a/1.w": "y", "a/2.w": "x"}  # the first and the last read one input
+    bases = {"x": basis(12, 3, 7), "y": basis(12, 4, 8)}
+    old = {
+        k: noise(20, 3 + (m == "y"), seed=3) @ bases[m].T for k, m in shared.items()
+    }  # inputs that M spans
     before = {k: old[k] @ w.detach().T for k, w in weights.items()}
-    groups, opt = guarded(weights, bases), OPTIMIZERS[optimizer](list(weights.values()))
+    groups, opt = guarded(weights, shared), OPTIMIZERS[optimizer](list(weights.values()))
     assert [g["keys"] for g in groups] == [["a/0.w", "a/2.w"], ["a/1.w"]]
     start = {k: w.detach().clone() for k, w in weights.items()}
     for step in range(200):
@@ -169,10 +183,10 @@ def test_protected_inputs_keep_their_outputs(optimizer: str, how: str) -> None:
         x = noise(8, 12, seed=1000 + step)
         sum(((x @ w.T - x.sum(1, keepdim=True)) ** 2).mean() for w in weights.values()).backward()
         if how != "nothing":
-            project_grads(groups, weights)
+            project_grads(groups, weights, bases)
         opt.step()
         if how == "both":
-            project_update(groups, weights)
+            project_update(groups, weights, bases)
     drift = max(
         float((old[k] @ w.detach().T - before[k]).norm() / before[k].norm()) for k, w in weights.items()
     )
@@ -186,12 +200,12 @@ def test_protected_inputs_keep_their_outputs(optimizer: str, how: str) -> None:
 
 def test_a_tensor_without_a_gradient_is_left_alone() -> None:
     weights = {k: torch.nn.Parameter(noise(3, 4, seed=1)) for k in ("a/0.w", "a/1.w")}
-    bases = {"a/0.w": basis(4, 1, 2), "a/1.w": basis(4, 3, 3)}
-    groups = guarded(weights, bases)
+    M = basis(4, 3, 3)
+    groups = guarded(weights, dict.fromkeys(weights, "x"))
     weights["a/1.w"].grad = noise(3, 4, seed=5)
-    project_grads(groups, weights)
+    project_grads(groups, weights, {"x": M})
     assert weights["a/0.w"].grad is None
-    want = reference.removed(noise(3, 4, seed=5).tolist(), bases["a/1.w"].T.tolist())
+    want = reference.removed(noise(3, 4, seed=5).tolist(), M.T.tolist())
     torch.testing.assert_close(weights["a/1.w"].grad, torch.tensor(want))
 
 
@@ -214,6 +228,38 @@ def test_the_memory_grows_by_the_fewest_directions(threshold: float) -> None:
         grown(M, 3 * noise(5, M.shape[1], seed=9) @ M.T, 1.0).shape == M.shape
     )  # nothing new: nothing added
     assert grown(None, rows, 0.0).shape == (6, 0)
+
+
+@pytest.mark.parametrize(("D", "n_rows"), [(24, 400), (96, 60), (96, 400)])
+def test_a_sketch_is_bounded_and_as_good_as_the_rows(
+    D: int, n_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory as rows grow; against numpy's SVD of all rows; and its basis captures what it says, dropped or not."""
+    monkeypatch.setattr(_projection, "SKETCH", 32)
+    scale = 0.9 ** torch.arange(D)
+    rows = noise(n_rows, D, seed=1) * scale @ basis(D, D, 2)
+    M = basis(D, 5, 3)
+    sketch, most = Sketch(M), 0
+    for part in rows.split(16):
+        sketch.add(part)
+        most = max(most, sketch.rest_ND.numel())
+    assert most <= 2 * 32 * D and (most < n_rows * D) == (n_rows > 64)
+    exact = D <= 32 or n_rows <= 64
+    assert (sketch.dropped == 0) == exact
+    R, P = rows.double().numpy(), M.double().numpy()
+    rest = R - R @ P @ P.T
+    _, sigma, V = np.linalg.svd(rest, full_matrices=False)
+    for threshold in (0.5, 0.9, 0.99):
+        captured = ((R @ P) ** 2).sum() + np.cumsum(sigma**2)
+        n = int((captured < threshold * (R**2).sum()).sum()) + 1
+        got = sketch.grown(threshold).double().numpy()
+        assert ((R @ got) ** 2).sum() >= threshold * (1 - 1e-5) * (R**2).sum()
+        assert 0 <= got.shape[1] - 5 - n <= (0 if exact else 2)  # what was dropped counts as not captured
+        want = np.concatenate([P, V[: got.shape[1] - 5].T], axis=1)
+        angle = np.linalg.svd(
+            want.T @ got, compute_uv=False
+        ).min()  # cosine of the largest angle between the spans
+        assert angle > (1 - 1e-6 if exact else 0.99)
 
 
 # -- gradient projection memory --------------------------------------------------------------------------
@@ -247,7 +293,13 @@ def test_layers_that_are_fused_hand_over_one_tensor() -> None:
     model.adapters.mix = Mix({"lora": 1.0})
     model.train(False)
     batch = model.collate(tiny.examples()[:1], answers=True)
-    reader = Reader(10**6, torch.Generator())
+    sites = model.adapters.sites
+    A = {
+        p: {"lora": model.adapters.parameters("lora")[f"{p}.lora_A"]}
+        for p, s in sites.items()
+        if s.group == "lora"
+    }
+    reader = Reader(10**6, torch.Generator(), {p: ["lora"] for p in sites}, A, {})
     plain = model(batch).logits_NV
     with model.adapters.reading(reader):
         read = model(batch).logits_NV
@@ -256,7 +308,9 @@ def test_layers_that_are_fused_hand_over_one_tensor() -> None:
     path = next(p for p in model.adapters.sites if p.endswith("0.self_attn.v_proj"))
     assert reader.leader[path] == path.replace("v_proj", "q_proj")
     assert reader.leader[path.replace("self_attn.v_proj", "mlp.up_proj")].endswith("gate_proj")
-    assert {p for p, rows in reader.kept.items() if len(rows) == 1} == set(reader.leader.values())
+    inputs = {f"lora/{p}" for p in reader.leader.values()}  # once, however many sites read it
+    assert set(reader.sketches) == inputs | {f"lora/{p}.lora_B" for p in A}
+    assert len(inputs) < len(sites)
 
 
 @torch.no_grad()
@@ -313,6 +367,60 @@ def test_the_memory_is_that_of_the_inputs() -> None:
         M = part.memory[f"lora/{path}"]
         R = torch.cat(found)
         torch.testing.assert_close(R @ M @ M.T, R, rtol=0, atol=2e-3 * float(R.abs().max()))
+
+
+def test_tensors_that_read_one_input_share_one_basis_without_a_copy() -> None:
+    model, part = tiny.model("llava"), GPM(n_samples=2)
+    method, ctx = Stack(build("lora"), part), loop_context(model)
+    fit(model, method, ctx, Optim(steps=1, batch_size=2))
+    method.adapt(ctx)
+    part.begin_task(ctx)
+    q = next(k for k in part.memory if k.endswith("layers.0.self_attn.q_proj"))
+    (group,) = [g for g in part.guards if g["basis"] == q]
+    assert [k.split(".")[-2] for k in group["keys"]] == ["q_proj", "k_proj", "v_proj"]
+    assert {k.split(".")[-1] for g in part.guards if g["basis"] == q for k in g["keys"]} == {"lora_A"}
+    of = {
+        k.split(".")[-2]: g["basis"]
+        for g in part.guards
+        for k in g["keys"]
+        if "layers.0.mlp" in k and "lora_A" in k
+    }
+    assert of["gate_proj"] == of["up_proj"] != of["down_proj"]
+    kept = sum(t.numel() for g in part.guards for t in g.values() if isinstance(t, Tensor))
+    assert kept == sum(p.numel() for k, p in model.adapters.trainable().items() if part._basis(k))
+
+
+def loop_context(model: HFModel) -> Context:
+    s = loop_stream(4, 1)
+    return Context(model, s[0], s, [], seed=0)
+
+
+def test_a_checkpoint_from_before_bases_were_shared_goes_on() -> None:
+    """Its groups are of one shape and hold a stack of bases; the weights that a task began with are all we need."""
+    part = GPM(threshold=0.6, n_samples=4)
+    model = learned(Stack(build("lora"), part), 1)
+    part.begin_task(context(model, "letter", ["colour"]))
+    new, live = part.guards, model.adapters.trainable()
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for group in new:
+        for key in group["keys"]:
+            by_shape.setdefault(tuple(live[key].shape), []).append(key)
+    old = [
+        {
+            "keys": keys,
+            "start": torch.stack(
+                [live[k].detach() if live[k].ndim > 1 else live[k].detach()[:, None] for k in keys]
+            ),
+            "basis": torch.zeros(len(keys), 1, 1),
+        }
+        for keys in by_shape.values()
+    ]
+    other = GPM(threshold=0.6, n_samples=4)
+    other.load_state_dict({**part.state_dict(), "guards": old})
+    assert {g["basis"]: (sorted(g["keys"]), g["start"].sum().item()) for g in other.guards} == {
+        g["basis"]: (sorted(g["keys"]), pytest.approx(g["start"].sum().item(), rel=1e-5)) for g in new
+    }
+    other.after_step(context(model, "letter", ["colour"]))
 
 
 @pytest.mark.parametrize(

@@ -17,45 +17,77 @@ protection. The inputs are those of single samples, so that no padding is among 
 (q, k, v) share a memory. Memories belong to an adapter's name: a new adapter is free.
 
 `threshold`: 0.94 to 0.97 in convolutional networks, 0.5 to 0.97 on prompts; which value LoRA wants is not known, and
-ours is not tuned. 0 is off. The memory is fp32 and grows up to D x D for each input. List this part after those that
-replace the final weights (`llaca`, `ema`).
+ours is not tuned. 0 is off. The memory is fp32 and grows up to D x D for each input. Beside it, while inputs are read,
+there are at most 1,024 rows of each (`_projection.Sketch`), whatever `n_samples` and `n_tokens`.
+
+In a stack the weights are held before others follow them and inputs are read at the final weights (`retain.order`). A
+part that rewrites the final weights is refused: what it writes lies in protected directions too.
 """
 
 # N rows, D input features, K directions, r rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from retain.method import FULL_GRADS, FULL_PARAMS, Context, Method, register
 from retain.methods._parts import take
-from retain.methods._projection import Group, grown, guarded, project_grads, project_update
+from retain.methods._projection import Group, Sketch, guarded, project_grads, project_update
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import RetainError
 
+BIAS = "1"  # the basis of a bias: its input is the constant 1
+
 
 class Reader:
-    """Keeps up to `n_tokens` rows of every site's input per forward; a tensor that several sites read is kept once."""
+    """Hands up to `n_tokens` rows of every site's input per forward to sketches, one for each tensor that is read.
 
-    def __init__(self, n_tokens: int, rng: torch.Generator) -> None:
-        self.n_tokens, self.rng = n_tokens, rng
-        self.kept: dict[str, list[Tensor]] = {}
+    `inputs`: site -> adapters that train there; `factors`: site -> those of their lora_A whose outputs are read too.
+    """
+
+    def __init__(
+        self,
+        n_tokens: int,
+        rng: torch.Generator,
+        inputs: Mapping[str, Sequence[str]],
+        factors: Mapping[str, Mapping[str, Tensor]],
+        memory: Mapping[str, Tensor],
+    ) -> None:
+        self.n_tokens, self.rng, self.memory = n_tokens, rng, memory
+        self.inputs, self.factors = inputs, factors
+        self.sketches: dict[str, Sketch] = {}  # by memory key
+        self.site: dict[str, str] = {}  # memory key -> a site that reads it
         self.leader: dict[str, str] = {}  # site -> the first site that read the same tensor
-        self.last: tuple[Tensor, str] | None = None
+        self.last: tuple[Tensor, str, Tensor] | None = None
+        self.done = set[str]()
 
     def __call__(self, path: str, x: Tensor) -> None:
         if self.last is None or self.last[0] is not x:
-            self.last = (x, path)
             rows_ND = x.detach().reshape(-1, x.shape[-1])
             chosen = torch.tensor(take(len(rows_ND), self.n_tokens, self.rng), device=x.device)
-            self.kept.setdefault(path, []).append(rows_ND[chosen].float())
-        self.leader[path] = self.last[1]
+            self.last, self.done = (x, path, rows_ND[chosen].float()), set()
+        _, leader, rows_ND = self.last
+        self.leader[path] = leader
+        for adapter in self.inputs.get(path, ()):
+            if (key := f"{adapter}/{leader}") not in self.done:
+                self.done.add(key)
+                self._add(key, path, rows_ND)
+        for adapter, A in self.factors.get(path, {}).items():
+            self._add(f"{adapter}/{path}.lora_B", path, rows_ND @ A.float().mT)
+
+    def _add(self, key: str, path: str, rows_ND: Tensor) -> None:
+        if key not in self.sketches:
+            basis = self.memory.get(key)
+            none = rows_ND.new_zeros(rows_ND.shape[1], 0)
+            self.sketches[key] = Sketch(none if basis is None else basis.to(rows_ND.device))
+            self.site[key] = path
+        self.sketches[key].add(rows_ND)
 
 
 @register
@@ -67,6 +99,7 @@ class GPM(Method):
     about: ClassVar[str] = "updates leave the directions of old inputs"
     source: ClassVar[str] = "arXiv:2103.09762"
     needs: ClassVar[frozenset[str]] = frozenset({FULL_GRADS, FULL_PARAMS})
+    roles: ClassVar[Mapping[str, str]] = {"grads": "writes", "after_step": "writes", "end_task": "reads"}
 
     threshold: float = 0.95
     n_samples: int = 125
@@ -92,16 +125,16 @@ class GPM(Method):
 
     def begin_task(self, ctx: Context) -> None:
         live = ctx.model.adapters.trainable()
-        bases = {key: basis for key in live if (basis := self._basis(key)) is not None}
-        self.guards = guarded(live, bases)
+        self.memory = {key: basis.to(ctx.model.device) for key, basis in self.memory.items()}
+        self.guards = guarded(live, {key: name for key in live if (name := self._basis(key)) is not None})
 
     def grads(self, ctx: Context) -> None:
         if self.guards:
-            project_grads(self.guards, ctx.model.adapters.trainable())
+            project_grads(self.guards, ctx.model.adapters.trainable(), self._bases(ctx))
 
     def after_step(self, ctx: Context) -> None:
         if self.guards:
-            project_update(self.guards, ctx.model.adapters.trainable())
+            project_update(self.guards, ctx.model.adapters.trainable(), self._bases(ctx))
 
     @torch.no_grad()
     def end_task(self, ctx: Context) -> None:
@@ -109,41 +142,48 @@ class GPM(Method):
         if not self.threshold:
             return
         reader = self._read(ctx)
-        rows_of = {path: torch.cat(rows) for path, rows in reader.kept.items()}
         self.leader = {**self.leader, **reader.leader}
-        for key, path, rows_ND in self._inputs(ctx, rows_of):
-            self.memory = {**self.memory, key: grown(self.memory.get(key), rows_ND, self.threshold)}
-            share = self.memory[key].shape[1] / self.memory[key].shape[0]
-            ctx.log(kind="gpm", task=ctx.task.name, site=path, memory=key, share=round(share, 4))
+        for key in list(reader.sketches):
+            sketch = reader.sketches.pop(key)
+            self.memory = {**self.memory, key: (basis := sketch.grown(self.threshold))}
+            told = {"share": round(basis.shape[1] / basis.shape[0], 4), "dropped": round(sketch.dropped, 6)}
+            ctx.log(kind="gpm", task=ctx.task.name, site=reader.site[key], memory=key, **told)
 
-    def _basis(self, key: str) -> Tensor | None:
-        """The directions that a trainable tensor may not change along; None: all are free."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if any(isinstance(group["basis"], Tensor) for group in self.guards):
+            self.guards = self._from_stacks(self.guards)
+
+    def _from_stacks(self, old: list[Group]) -> list[Group]:
+        """Groups of a checkpoint from before bases were shared: tensors of one shape with a copy of their bases each."""
+        starts = {k: t for group in old for k, t in zip(group["keys"], group["start"], strict=True)}
+        return guarded(starts, {k: name for k in starts if (name := self._basis(k)) is not None})
+
+    def _basis(self, key: str) -> str | None:
+        """The name of the directions that a trainable tensor may not change along; None: all are free."""
         adapter, rest = key.split("/", 1)
         path, kind = rest.rsplit(".", 1)
-        if kind == "lora_B":
-            return self.memory.get(key) if self.factors == "both" else None
-        kept = self.memory.get(f"{adapter}/{self.leader.get(path, path)}")
-        return torch.ones(1, 1) if kept is not None and kind == "bias" else kept
+        name = key if kind == "lora_B" else f"{adapter}/{self.leader.get(path, path)}"
+        if (kind == "lora_B" and self.factors != "both") or name not in self.memory:
+            return None
+        if kind == "bias":
+            return BIAS
+        return name if self.memory[name].shape[1] else None
 
-    def _inputs(self, ctx: Context, rows_of: dict[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
-        """Memory key, site and rows for every trained matrix; sites that share an input have it once."""
-        done = set[str]()
-        for key, p in ctx.model.adapters.trainable().items():
-            adapter, rest = key.split("/", 1)
-            path, kind = rest.rsplit(".", 1)
-            leader = self.leader.get(path, path)
-            if leader not in rows_of or kind == "bias":
-                continue
-            shared = f"{adapter}/{leader}"
-            if kind in ("lora_A", "weight") and shared not in done:
-                done.add(shared)
-                yield shared, path, rows_of[leader]
-            if kind == "lora_A" and self.factors == "both":
-                yield f"{adapter}/{path}.lora_B", path, rows_of[leader] @ p.float().mT
+    def _bases(self, ctx: Context) -> dict[str, Tensor]:
+        return {**self.memory, BIAS: torch.ones(1, 1, device=ctx.model.device)}
 
     def _read(self, ctx: Context) -> Reader:
         """One sample at a time: no padding is among the rows."""
-        reader = Reader(self.n_tokens, ctx.rng("gpm-tokens"))
+        inputs, factors = dict[str, list[str]](), dict[str, dict[str, Tensor]]()
+        for key, p in ctx.model.adapters.trainable().items():
+            adapter, rest = key.split("/", 1)
+            path, kind = rest.rsplit(".", 1)
+            if kind in ("lora_A", "weight"):
+                inputs.setdefault(path, []).append(adapter)
+            if kind == "lora_A" and self.factors == "both":
+                factors.setdefault(path, {})[adapter] = p
+        reader = Reader(self.n_tokens, ctx.rng("gpm-tokens"), inputs, factors, self.memory)
         rows = take(len(ctx.task.train), self.n_samples, ctx.rng("gpm"))
         with ctx.model.adapters.reading(reader):
             for row in rows:
