@@ -24,6 +24,11 @@ from retain.types import Batch, Examples, Output
 State = dict[str, Tensor]
 
 
+def drawn(ctx: Context, who: str, n: int) -> list[int]:
+    """The samples that a part draws."""
+    return torch.randperm(len(ctx.task.train), generator=ctx.rng(who))[:n].tolist()
+
+
 def near(a: Tensor, b: Tensor, rel: float, at: str) -> None:
     """|a - b| is at most `rel` of the size of b, with room for rounding where b is tiny."""
     off = float((a - b).norm())
@@ -70,7 +75,9 @@ class Gpm(Guarantee):
         self.step(ctx)
         if self.w.has("derives"):
             return
-        inputs = self.w.inputs(ctx)  # at the final weights, of every sample and token
+        inputs = self.w.inputs(
+            ctx, drawn(ctx, "gpm", self.part.n_samples)
+        )  # at the final weights, every token
         for key in self.w.start:
             site, kind = key.rsplit(".", 1)
             rows = inputs[site.split("/", 1)[1]]
@@ -98,7 +105,7 @@ class Ewc(Guarantee):
             assert torch.equal(self.part.anchor[key], self.w.now(key)), f"{key}: the anchor is elsewhere"
         if self.w.has("derives"):
             return
-        want = self.w.fisher(ctx, [[i] for i in range(len(ctx.task.train))])
+        want = self.w.fisher(ctx, [[i] for i in drawn(ctx, "ewc", self.part.n_samples)])
         for key, F in want.items():
             near(self.part.fisher[key], F, 1e-3, f"Fisher of {key}")
 
@@ -201,7 +208,9 @@ class Cofima(Guarantee):
         self.F_old = {k: F.clone() for k, F in self.part.fisher.items()}
 
     def end(self, ctx: Context) -> None:
-        if self.w.has("derives"):  # another mix is on by now; such adapters are new in each task, so nothing is merged
+        if self.w.has(
+            "derives"
+        ):  # another mix is on by now; such adapters are new in each task, so nothing is merged
             return
         (name,) = {k.split("/", 1)[0] for k in self.w.start}
         key = next(k for k in self.w.start if k.endswith("projector.weight"))
@@ -415,14 +424,14 @@ class Watch(Method):
                 out[key] = t
         return out
 
-    def inputs(self, ctx: Context) -> State:
+    def inputs(self, ctx: Context, samples: list[int]) -> State:
         rows: dict[str, list[Tensor]] = {}
         with (
             torch.no_grad(),
             self.bank.reading(lambda p, x: rows.setdefault(p, []).append(x.reshape(-1, x.shape[-1]))),
         ):
-            for e in ctx.task.train:
-                ctx.model(ctx.model.collate([e], answers=True))
+            for i in samples:
+                ctx.model(ctx.model.collate([ctx.task.train[i]], answers=True))
         return {p: torch.cat(r) for p, r in rows.items()}
 
     def fisher(self, ctx: Context, draws: list[list[int]]) -> State:

@@ -13,6 +13,7 @@ from retain.method import build
 from retain.methods import instruction_groups as groups
 from retain.methods.lora_per_task import LoraPerTask
 from retain.methods.replay import Replay, n_replayed, reservoir_slots
+from retain.stream import Task
 from retain.types import Message
 
 SHORT = "Answer the question using a single word or phrase."
@@ -168,6 +169,24 @@ def test_alike_instructions_share_an_adapter_and_samples_find_it() -> None:
         and mix.weights["group1"].tolist() == [1, 0]
         and mix.weights["group2"].tolist() == [0, 1]
     )
+
+
+@pytest.mark.parametrize("init", ["fresh", "previous"])
+def test_a_new_group_starts_from_the_previous_task_not_from_the_newest_group(init: str) -> None:
+    """A, B, A, C: C starts from A as the third task left it, as the released scripts do."""
+    model, part = FakeModel(), groups.InstructionGroups(init=init)
+    other = replace(
+        example("colour", 1), messages=(Message("user", "Draw zyx boxes"), Message("assistant", "a1"))
+    )
+    for i, task in enumerate([*stream(), Task("boxes", [other], [other], stream()[0].score, 2)]):
+        ctx = replace(context(model), task=task)
+        name = part.adapt(ctx).names[0]
+        if task.name != "boxes":
+            for p in model.adapters.trainable().values():
+                p.data += 0.1 * (i + 1)
+    a, b, c = (model.adapters.state(n) for n in ("group1", "group2", "group3"))
+    assert name == "group3" and not any(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.equal(c[k], a[k]) for k in a) == (init == "previous")
 
 
 def test_a_sample_like_nothing_goes_to_the_newest_group() -> None:

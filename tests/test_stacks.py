@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 from typing import Any, ClassVar
 
 import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
 
+import tiny
 from fake_model import FakeModel, stream
-from guarantees import Watch
+from guarantees import Watch, tensors
+from loop_helpers import stream as loop_stream
 from retain.adapters.kinds import Spec
 from retain.adapters.lora import LoraSpec
 from retain.adapters.moe import MoeSpec
 from retain.adapters.prompt import PromptSpec
 from retain.commands.explain import hook_rows
 from retain.method import REGISTRY, Context, Method, Stack, available, build, register
+from retain.models.hf import HFModel
 from retain.order import APART, ROLES, arranged
 from retain.run.train import Optim, fit
-from retain.types import Conflict, RetainError
+from retain.types import Batch, Conflict, Guide, Output, RetainError
 
 OWNERS: dict[str, Any] = {
     "lora": "lora",
@@ -37,15 +42,15 @@ OWNERS: dict[str, Any] = {
 }
 PARTS: dict[str, Any] = {
     "replay": {"replay": {"size": 5}},
-    "ewc": {"ewc": {"n_samples": 24, "anchors": "single", "lam": 10.0}},
+    "ewc": {"ewc": {"n_samples": 5, "anchors": "single", "lam": 10.0}},
     "lwf": "lwf",
     "ema": {"ema": {"beta": 0.7}},
     "llaca": {"llaca": {"first_task": True}},
     "llaca paper": {"llaca": {"variant": "paper"}},
     "llaca bounded": {"llaca": {"variant": "bounded"}},
-    "gpm": {"gpm": {"threshold": 0.6, "n_samples": 24}},
+    "gpm": {"gpm": {"threshold": 0.6, "n_samples": 5}},
     "merge_after_task": {"merge_after_task": {"params": {"new": 0.5}}},
-    "cofima": {"cofima": {"n_samples": 10, "lam": 0.5}},
+    "cofima": {"cofima": {"n_samples": 6, "lam": 0.5}},
 }
 OPTIM = Optim(lr=2e-2, steps=3, batch_size=4, accumulate=2, warmup=0.0, weight_decay=0.1)
 ADAPTERS: dict[str, Spec] = {
@@ -194,3 +199,86 @@ def test_explain_shows_who_acts_first_and_as_what() -> None:
     assert rows["after_step"] == "gpm writes → llaca(kappa=0.5) reads"
     assert rows["end_task"] == "llaca(kappa=0.5) settles → ewc reads → gpm reads"
     assert rows["adapt"] == "lora"
+
+
+# -- passes over the data that parts make themselves ----------------------------------------------------------------
+
+PASSES: dict[str, Any] = {
+    "ewc": ["lora", {"ewc": {"n_samples": 12, "per_sample": False}}],
+    "ewc per sample": ["lora", {"ewc": {"n_samples": 5}}],
+    "cofima": ["lora", {"cofima": {"n_samples": 12}}],
+    "cofima factors": ["lora", {"cofima": {"n_samples": 12, "space": "factors"}}],
+    "gpm": ["lora", {"gpm": {"n_samples": 5}}],
+    "lwf": ["lora", "lwf"],
+    "model_tailor": {"model_tailor": {"samples": 5}},
+    "lorahub": {"lorahub": {"steps": 3, "shots": 5}},
+    "hide": "hide",
+    "disco": "disco",
+    "lora_per_task": "lora_per_task",
+    "modal_prompt": "modal_prompt",
+    "groups": "instruction_groups",
+}
+
+
+class Counted(FakeModel):
+    """Counts the samples of every forward and of every look at frozen features."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.sizes: list[int] = []
+
+    def forward(self, batch: Batch) -> Output:
+        self.sizes.append(len(batch))
+        return super().forward(batch)
+
+    def guide(self, batch: Batch) -> Guide:
+        self.sizes.append(len(batch))
+        return super().guide(batch)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_no_forward_is_larger_than_those_of_training(name: str) -> None:
+    """And what the parts keep, and leave, is the same but for the rounding of sums in another order."""
+    left = []
+    for accumulate in (1, 4):
+        method = build(PASSES[name])
+        kind = next(p.kinds[0] for p in method.parts if p.owns("adapt"))
+        spec = replace(ADAPTERS[kind], dropout=0.0) if kind == "lora" else ADAPTERS[kind]
+        model, s, seen = Counted(spec), stream(), list[str]()
+        for task in s[:2]:
+            how = replace(OPTIM, steps=2, batch_size=8, accumulate=accumulate, warmup=0.0, lr=1e-3)
+            fit(model, method, Context(model, task, s, list(seen), seed=0), how)
+            seen.append(task.name)
+        assert max(model.sizes) == 8 // accumulate, sorted(set(model.sizes))
+        left.append(dict(tensors([model.adapters.state(n) for n in model.adapters.names], "bank")))
+        left[-1] |= {at: t for at, t in tensors(method.state_dict(), "state") if "memory" not in at}
+    assert list(left[0]) == list(left[1])
+    if name not in ("model_tailor", "lorahub"):  # which entries stay, and where a search goes, are jumps
+        for at, t in left[0].items():
+            torch.testing.assert_close(
+                left[1][at], t, rtol=2e-2, atol=2e-4 * float(t.abs().max()) + 1e-9, msg=at
+            )
+
+
+@pytest.mark.parametrize(
+    "part", [{"ewc": {"n_samples": 3}}, {"cofima": {"n_samples": 4}}, {"cofima": {"space": "factors"}}]
+)
+def test_a_fisher_pass_checkpoints_where_training_does(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer bytes are kept for the backward, dropout stays off, and not a bit of the result differs."""
+    monkeypatch.setattr(HFModel, "fast", False)  # Hugging Face's own layers in both
+    found, kept = [], []
+    for on in (False, True):
+        model, method = tiny.model("llava", LoraSpec(rank=4, alpha=8.0, dropout=0.5)), build(["lora", part])
+        s = loop_stream(8, 1)
+        ctx = Context(model, s[0], s, [], seed=0)
+        fit(model, method, ctx, Optim(steps=1, batch_size=4, accumulate=2, grad_checkpointing=on))
+        sizes = list[int]()
+        with saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t):
+            method.end_task(ctx)
+        found.append(method.parts[1].state_dict()["fisher"])
+        kept.append(sum(sizes))
+        assert not model.hf.training and not any(m.training for m in model.hf.modules())
+        assert not model.hf.is_gradient_checkpointing
+    assert kept[1] < 0.5 * kept[0], kept
+    for key, F in found[0].items():
+        assert F.any() and torch.equal(found[1][key], F), key
