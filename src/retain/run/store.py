@@ -10,17 +10,22 @@
 Everything is safetensors, JSON, JSONL or YAML; nothing is ever unpickled. A file is written under a temporary
 name, flushed and renamed; the marker of a stage (TRAINED, DONE) is written last. After a resume, events.jsonl
 may tell a step twice: the last one counts.
+
+What was written is what is read: a record has a seal (`retain.run.records`), and digests say what it stands for.
+bank.json knows the adapters, cells.json the predictions, a state's JSON its tensors. They are compared at every load.
+Names of tasks and adapters become names of files in one place (`safe`), and files that a record names must be inside.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +51,14 @@ from retain.files import (
     write_text,
 )
 from retain.method import Method
+from retain.run import records
+from retain.run.sound import broken, wrong_kinds
 from retain.types import Example, Message, RetainError, digest
 
 FORMAT = 1
 TUNED = "about-this-folder.txt"
+LONGEST = 200
+"""Bytes of a file name that a name is left as it is; longer ones are cut, and a hash tells them apart."""
 NOT_THE_RECIPE = frozenset({"out", "reuse", "track"})
 """Keys of a config that do not decide what is computed: a run continues where they differ."""
 
@@ -60,18 +69,51 @@ NOT_THE_RECIPE = frozenset({"out", "reuse", "track"})
 def save_state(stem: Path, value: Any) -> None:
     """A nest of plain values, tensors, arrays, paths and Examples as `stem.json` and `stem.safetensors`.
 
-    Nests are dicts, lists, tuples and sets. Anything else is a RetainError that names its type.
+    Nests are dicts, lists, tuples and sets. Anything else is a RetainError that names its type. The JSON holds the
+    digest of the tensors and is written last.
     """
     tensors: dict[str, Tensor] = {}
-    skeleton = _pack(value, tensors, stem.name)
+    try:
+        skeleton = _pack(value, tensors, stem.name)
+    except RecursionError:
+        raise RetainError(f"{stem.name} is nested too deep to be saved") from None
     write_atomic(stem.with_suffix(".safetensors"), lambda p: save_file(tensors, p))
-    write_json(stem.with_suffix(".json"), skeleton)
+    records.write(stem.with_suffix(".json"), {"$state": skeleton, "tensors": _content(tensors)})
 
 
 def load_state(stem: Path, device: torch.device | str = "cpu") -> Any:
-    """The inverse of `save_state`. A tensor goes back to where it was: the CPU, or the accelerator."""
-    skeleton = read_json(stem.with_suffix(".json"))
-    return _unpack(skeleton, load_tensors(stem.with_suffix(".safetensors")), torch.device(device))
+    """The inverse of `save_state`. A tensor goes back to where it was: the CPU, or the accelerator.
+
+    RetainError: a file that is missing, broken, of something else, or changed since it was written.
+    """
+    return _loaded(stem, device)[0]
+
+
+def _loaded(stem: Path, device: torch.device | str) -> tuple[Any, bool]:
+    """A state, and whether it was sealed; that of an earlier version is not."""
+    file = stem.with_suffix(".json")
+    skeleton, tensors = read_json(file), load_tensors(stem.with_suffix(".safetensors"))
+    whole = isinstance(skeleton, dict) and set(skeleton) == {"$state", "tensors", records.SEAL}
+    if whole:
+        head = records.unsealed(file.name, skeleton, f"{file}")
+        if head["tensors"] != _content(tensors):
+            raise RetainError(
+                f"{stem.with_suffix('.safetensors')} is not what {file} says (its digest does not fit)"
+            )
+        skeleton = head["$state"]
+    try:
+        return _unpack(skeleton, tensors, torch.device(device)), whole
+    except _Unreadable as error:
+        raise RetainError(f"{file} was not written by retain, or was edited: {error}") from None
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of names, shapes, types and bits."""
+    return digest({key: [list(t.shape), t.reshape(-1)] for key, t in tensors.items()})
+
+
+class _Unreadable(Exception):
+    """What is wrong in a skeleton."""
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -123,20 +165,44 @@ def _pack(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
     if not isinstance(value, dict):
+        if isinstance(value, list):
+            raise _Unreadable("a bare list")
         return value
-    kind, body = next(iter(value.items()))
+    kind, body = next(iter(value.items()), ("nothing", None))
+    if len(value) != 1 or kind not in _KINDS or not isinstance(body, str if kind == "$path" else list):
+        raise _Unreadable(f"{sorted(value)[:3]} is no kind of value")
     if kind in ("$tensor", "$array"):
-        tensor = tensors[body[0]]
+        tensor = tensors.get(body[0]) if len(body) == 2 and isinstance(body[0], str) else None
+        if tensor is None:
+            raise _Unreadable(f"no tensor {body[:1]}")
         return tensor.numpy() if kind == "$array" else tensor.to(device) if body[1] else tensor
     if kind == "$path":
+        if "\0" in body:
+            raise _Unreadable(f"no path: {body!r}")
         return Path(body)
-    if kind == "$dict":
-        return {_unpack(k, tensors, device): _unpack(v, tensors, device) for k, v in body}
-    items = [_unpack(v, tensors, device) for v in body]
-    if kind == "$example":
-        name, turns, images, references, meta = items
-        return Example(name, tuple(Message(*turn) for turn in turns), images, references, meta)
-    return {"$list": list, "$tuple": tuple, "$set": set}[kind](items)
+    try:
+        if kind == "$dict":
+            return {_unpack(k, tensors, device): _unpack(v, tensors, device) for k, v in body}
+        items = [_unpack(v, tensors, device) for v in body]
+        return _example(*items) if kind == "$example" else _KINDS[kind](items)
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # not two in a pair, a list as a key, not five parts of an example
+        raise _Unreadable(f"{kind}: {error}") from None
+
+
+def _example(name: str, turns: Any, images: Any, references: Any, meta: Any) -> Example:
+    plain = isinstance(name, str) and isinstance(meta, Mapping)
+    if not plain or not all(isinstance(v, tuple | list) for v in (turns, images, references)):
+        raise TypeError("no Example")
+    return Example(name, tuple(Message(*turn) for turn in turns), images, references, meta)
+
+
+_KINDS: dict[str, Any] = {
+    "$list": list, "$tuple": tuple, "$set": set, "$dict": dict, "$example": Example, "$path": Path, "$tensor": Tensor,
+    "$array": np.ndarray,
+}  # fmt: skip
 
 
 # -- the run folder ------------------------------------------------------------------------------------------
@@ -156,10 +222,7 @@ class RunDir:
         head = run.path / "run.json"
         wanted = json.loads(json.dumps(config, default=str))
         if head.is_file():
-            found = read_json(head)
-            if not isinstance(found, dict) or found.get("format") != FORMAT:
-                raise RetainError(f"{head}: not a run of this version of retain (format {FORMAT})")
-            if changed := differences(found.get("config", {}), wanted):
+            if changed := differences(run.head.get("config", {}), wanted):
                 said = "; ".join(changed[:3])
                 raise RetainError(
                     f"{run.path} holds a run of another recipe ({said}); choose another folder with out=DIR"
@@ -169,7 +232,7 @@ class RunDir:
                 f"{run.path} exists and is not a run folder (no run.json); choose another with out=DIR"
             )
         elif main:
-            write_json(head, {"format": FORMAT, "name": run.path.name, "config": wanted})
+            records.write(head, {"format": FORMAT, "name": run.path.name, "config": wanted})
         if main and not (run.path / "config.yaml").is_file():
             write_text(run.path / "config.yaml", yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
         return run
@@ -183,10 +246,37 @@ class RunDir:
         return run
 
     @property
+    def head(self) -> dict[str, Any]:
+        """run.json. RetainError: of another version, of another shape, changed since."""
+        file = self.path / "run.json"
+        found = read_json(file)
+        if isinstance(found, dict) and found.get("format") != FORMAT:
+            raise RetainError(
+                f"{file}: not a run of this version of retain: format {found.get('format')!r:.40}, it reads format {FORMAT}"
+            )
+        return records.read(file, records.Head)
+
+    @property
     def config(self) -> dict[str, Any]:
         """The resolved recipe that the run was made with."""
-        config: dict[str, Any] = read_record(self.path / "run.json", "config")["config"]
-        return config
+        head = self.head
+        if "config" not in head:
+            raise RetainError(
+                f"{self.path / 'run.json'} was not written by retain, or was edited: config is missing"
+            )
+        return dict(head["config"])
+
+    def inside(self, name: str, where: Path) -> Path:
+        """A file that a record names, as a path. RetainError where it leads out of the run's folder."""
+        path = self.path / name
+        if (
+            "\0" in name
+            or Path(name).is_absolute()
+            or ".." in Path(name).parts
+            or not (path.resolve().is_relative_to(self.path.resolve()))
+        ):
+            raise RetainError(f"{where}: {name!r} leads out of the run's folder")
+        return path
 
     @property
     def done(self) -> bool:
@@ -219,7 +309,10 @@ class RunDir:
 
     def rows(self) -> list[Row]:
         """All rows on disk, in order."""
-        found = [Row(p, self) for p in (self.path / "rows").glob("[0-9][0-9]*-*") if p.is_dir()]
+        folders = [
+            p for p in (self.path / "rows").glob("*-*") if re.match(r"[0-9]{2,9}-", p.name) and p.is_dir()
+        ]
+        found = [Row(p, self) for p in folders]
         return sorted(found, key=lambda row: row.index)
 
     def event(self, **fields: Any) -> None:
@@ -245,6 +338,7 @@ class Row:
 
     path: Path
     run: RunDir
+    _cells: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def index(self) -> int:
@@ -269,7 +363,16 @@ class Row:
     @property
     def learned(self) -> list[str]:
         """The tasks of the stream that were learned up to this row."""
-        return list(read_record(self.path / "fit.json", "learned")["learned"]) if self.trained else []
+        return list(self.fit().get("learned", ())) if self.trained else []
+
+    def fit(self) -> dict[str, Any]:
+        """What training took; empty in row 0."""
+        return records.read(self.path / "fit.json", records.Fit) if self.trained else {}
+
+    def budget(self) -> dict[str, float]:
+        """What the run had cost up to this row; empty where that is not written yet."""
+        file = self.path / "budget.json"
+        return records.read(file, records.Budget) if file.is_file() else {}
 
     def mark(self, word: str) -> None:
         """Write a marker file."""
@@ -283,31 +386,41 @@ class Row:
         files: dict[str, dict[str, str]] = {}
         for name in bank.names:
             state = bank.state(name)
-            file = f"rows/{self.path.name}/adapters/{name}.safetensors"
+            file = f"rows/{self.path.name}/adapters/{safe(name)}.safetensors"
             files[name] = {"digest": digest(state), "file": file}
             if name in old and old[name]["digest"] == files[name]["digest"]:
                 files[name] = old[name]
             else:
                 save_tensors(self.run.path / file, state)
         save_state(self.path / "method", method.state_dict())
-        write_json(self.path / "fit.json", dict(stats))
+        records.write(self.path / "fit.json", stats)
         head = {"adapters": files, "mix": bank.mix.to_json(), "signature": bank.signature}
-        write_json(self.path / "bank.json", head)
+        records.write(self.path / "bank.json", head)
         self.mark("TRAINED")
         self.checkpoints().clear()
 
     def adapters(self) -> dict[str, dict[str, str]]:
         """Digest and file (relative to the run) of every adapter, in the bank's order; none in row 0."""
-        found = read_record(self.path / "bank.json", "adapters")["adapters"] if self.trained else {}
-        return dict(found)
+        return dict(records.read(self.path / "bank.json", records.Bank)["adapters"]) if self.trained else {}
 
     def load_model(self, bank: AdapterBank, method: Method | None) -> None:
         """Make the bank hold the row's adapters and mix, nothing else, and give the method its state back."""
-        head = read_record(self.path / "bank.json", "adapters", "mix", "signature")
+        file = self.path / "bank.json"
+        head = records.read(file, records.Bank)
         if changed := differences(head["signature"], json.loads(json.dumps(bank.signature, default=str))):
             raise RetainError(f"{self.path}: adapters of another model ({'; '.join(changed[:3])})")
-        files = {name: self.run.path / entry["file"] for name, entry in head["adapters"].items()}
-        states = {name: load_tensors(file) for name, file in files.items()}  # all, before anything is changed
+        unknown = [n for n in Mix.from_json(head["mix"]).names if n not in head["adapters"]]
+        if unknown:
+            raise RetainError(
+                f"{file} was not written by retain, or was edited: mix: no adapter {unknown[0]!r}"
+            )
+        files = {name: self.run.inside(entry["file"], file) for name, entry in head["adapters"].items()}
+        states = {name: load_tensors(path) for name, path in files.items()}  # all, before anything is changed
+        for name, state in states.items():
+            _whole(files[name], state, head["adapters"][name]["digest"], file)
+        told, sealed = _loaded(self.path / "method", "cpu") if method is not None else ({}, True)
+        if method is not None:
+            _suits(method, told, sealed, self.path / "method.json")
         empty(bank)
         for name, state in states.items():
             paths = {key.rpartition(".")[0] for key in state}
@@ -318,7 +431,9 @@ class Row:
         bank.mix = Mix.from_json(head["mix"])
         if method is not None:
             device = next((p.device for name in bank.names for p in bank.parameters(name).values()), "cpu")
-            method.load_state_dict(load_state(self.path / "method", device))
+            method.load_state_dict(
+                told if device == torch.device("cpu") else load_state(self.path / "method", device)
+            )
 
     def checkpoints(self, device: torch.device | str = "cpu") -> CheckpointDir:
         """Where `fit` leaves its state in the middle of this row's task."""
@@ -331,7 +446,31 @@ class Row:
     def cells(self) -> dict[str, Any]:
         """What is known of the finished cells, by task."""
         path = self.path / "cells.json"
-        return read_record(path) if path.is_file() else {}
+        self._cells = records.read_table(path, records.Cell) if path.is_file() else {}
+        return dict(self._cells)
+
+    def save_cells(self, cells: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write what is known of the finished cells."""
+        self._cells = None
+        records.write_table(self.path / "cells.json", cells)
+
+    def save_answers(self, task: str, lines: Sequence[Mapping[str, Any]]) -> str:
+        """Write a cell's predictions; returns the digest of the file, which belongs into the cell."""
+        write_jsonl(self.predictions(task), lines)
+        return records.file_digest(self.predictions(task).read_bytes())
+
+    def intact(self, task: str) -> None:
+        """Raise RetainError where a finished cell's predictions are not what they were when it was finished."""
+        cells = self.cells() if self._cells is None else self._cells
+        if "answers" in cells.get(task, {}):
+            records.content(self.predictions(task), cells[task]["answers"])
+
+    def answers(self, task: str) -> list[dict[str, Any]]:
+        """A finished cell's predictions. RetainError: missing, of another shape, changed since they were written."""
+        cells = self.cells() if self._cells is None else self._cells
+        return records.read_lines(
+            self.predictions(task), records.Answer, digest=cells.get(task, {}).get("answers")
+        )
 
 
 @dataclass
@@ -345,7 +484,7 @@ class CheckpointDir:
     def newest(self) -> str | None:
         """The slot that holds a complete checkpoint."""
         pointer = self.path / "newest.json"
-        return str(read_record(pointer, "stem")["stem"]) if pointer.is_file() else None
+        return str(records.read(pointer, records.Newest)["stem"]) if pointer.is_file() else None
 
     def load(self) -> dict[str, Any] | None:
         """The newest complete checkpoint, or None."""
@@ -360,7 +499,7 @@ class CheckpointDir:
         if self.main:
             stem = "b" if self.newest() == "a" else "a"
             save_state(self.path / stem, state)
-            write_json(self.path / "newest.json", {"stem": stem})
+            records.write(self.path / "newest.json", {"stem": stem})
 
     def clear(self) -> None:
         """Forget the checkpoints, the pointer first: a kill in between leaves none torn."""
@@ -414,8 +553,34 @@ def empty(bank: AdapterBank) -> None:
 
 
 def safe(name: str) -> str:
-    """A task's name as a file name."""
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    """A name of a task or an adapter as a file name: it stays in its folder, and every file system takes it."""
+    file = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    if not file.strip("."):
+        return file.replace(".", "_") or "_"
+    if len(file.encode()) > LONGEST:
+        return f"{file.encode()[:120].decode(errors='ignore')}-{digest(name)}"
+    return file
+
+
+def _whole(path: Path, state: Mapping[str, Tensor], wanted: str, head: Path) -> None:
+    """Refuse an adapter's file that is not what bank.json says, or that holds what no model can use."""
+    if digest(state) != wanted:
+        raise RetainError(f"{path} is not what {head} says (its digest does not fit)")
+    if bad := broken(state):
+        raise RetainError(
+            f"{path}: {len(bad)} tensors are not finite (first {bad[:2]}); an earlier version saved them"
+        )
+
+
+def _suits(method: Method, state: Any, sealed: bool, path: Path) -> None:
+    """Refuse a method's state of another shape (of an earlier version, or edited), or one that is not finite."""
+    if not isinstance(state, Mapping) or (not sealed and (wrong := wrong_kinds(method, state))):
+        said = "an object is needed" if not isinstance(state, Mapping) else wrong
+        raise RetainError(f"{path} was not written by retain, or was edited: {said}")
+    if bad := broken(state, method):
+        raise RetainError(
+            f"{path}: {len(bad)} values are not finite (first {bad[:2]}); an earlier version saved them"
+        )
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -431,10 +596,18 @@ def _say(flat: Mapping[str, Any], key: str) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): value}
+def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A nest of mappings as one, keys joined by dots; without a stack, since a file may be nested deep."""
+    out: dict[str, Any] = {}
+    left = [("", value)]
+    while left:
+        prefix, here = left.pop()
+        for key, item in here.items():
+            if isinstance(item, Mapping) and item:
+                left.append((f"{prefix}{key}.", item))
+            else:
+                out[f"{prefix}{key}"] = item
+    return out
 
 
 def _foreign(path: Path) -> bool:

@@ -24,6 +24,7 @@ from retain.adapters.prompt import tokens_in_front
 from retain.method import Context, Method, answer
 from retain.models.base import Model, Turns
 from retain.run.engine import Engine, autocast, peak_memory
+from retain.run.sound import Watchman
 from retain.types import Batch, Examples, RetainError, digest
 from retain.values import LATER, written
 
@@ -144,7 +145,8 @@ def fit(
     With `checkpoints` it continues after the last one, bit for bit as if nothing had happened. The caller
     gives it bank and method as they were before the task: the hooks that come before the first step run again
     (they draw from `ctx.rng` only), then the saved state replaces theirs. With `tuned`, steps that another run
-    has made from the same start are taken from there, and new ones left there.
+    has made from the same start are taken from there, and new ones left there. Before each save, and before it
+    returns, all adapters and the method's state are looked at: one that is not finite is a RetainError.
     """
     engine, bank = engine or Engine(), model.adapters
     ctx.step, ctx.batch_size, ctx.turns = 0, optim.batch_size, optim.turns
@@ -152,7 +154,9 @@ def fit(
     bank.mix = answer(method, "adapt", method.adapt(ctx))
     method.begin_task(ctx)
     examples = answer(method, "data", method.data(ctx, ctx.task.train))
-    method.state_dict()  # refuses what could not be continued, before the first step
+    rates = {"lr": optim.lr} | ({} if optim.projector_lr is None else {"projector_lr": optim.projector_lr})
+    watchman = Watchman(ctx, method, rates)
+    watchman.look("before its first step")  # also refuses a state that could not be continued
     ctx.n_steps = n_steps = optim.n_steps(len(examples))
     if not len(examples) or not n_steps:
         raise RetainError(
@@ -172,6 +176,9 @@ def fit(
         stats = _reuse(kept, model, ctx)
     else:
         stats = FitStats() if saved is None else _restore(saved, model, method, optimizer)
+    if saved:
+        watchman.look(f"in its checkpoint after step {stats.steps}", optimizer)
+        watchman.kept = f"its checkpoint after step {stats.steps}"
     stats.trainable_parameters = sum(p.numel() for p in parameters)
     stats.trained = sorted({key.split("/", 1)[0] for key in bank.trainable()})
     started = time.perf_counter() - stats.seconds
@@ -196,19 +203,25 @@ def fit(
             stats.tokens += n_tokens
             save = every and stats.steps % every == 0 and stats.steps < n_steps
             if save or stats.steps == n_steps or stats.steps % optim.log_every == 0:
-                stats.last_loss = _flush(losses, ctx, engine, optimizer)  # first: saved steps are finite
+                stats.last_loss = _flush(
+                    losses, ctx, engine, optimizer, watchman
+                )  # first: saved steps are finite
                 on_step(stats.steps, stats.last_loss)
             if save and checkpoints:
+                watchman.look(f"after step {stats.steps} of {n_steps}", optimizer)
                 stats.seconds = time.perf_counter() - started
                 checkpoints.save(_snapshot(stats, model, method, optimizer))
+                watchman.kept = f"its checkpoint after step {stats.steps}"
     optimizer.zero_grad(set_to_none=True)
     ctx.log = log
+    watchman.look(f"after its last step ({n_steps}{', taken from the folder of reuse' if kept else ''})")
     stats.peak_memory_bytes = max(stats.peak_memory_bytes, peak_memory(model.device))
     if tuned and key and not kept and engine.main:
         stats.seconds = time.perf_counter() - started
         adapters = {name: bank.state(name) for name in stats.trained}
         tuned.save(key, {"stats": asdict(stats), "adapters": adapters, "events": told})
     method.end_task(ctx)
+    watchman.look(f"in end_task of {' or '.join(method.owns('end_task')) or method.name}")
     if digest(method.config()) != settings:
         raise RetainError(
             f"method {method.name!r}: a hyper-parameter changed while task {ctx.task.name!r} was learned; what changes "
@@ -365,7 +378,9 @@ def _seed_dropout(ctx: Context, rank: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _flush(losses: list[Tensor], ctx: Context, engine: Engine, optimizer: torch.optim.Optimizer) -> float:
+def _flush(
+    losses: list[Tensor], ctx: Context, engine: Engine, optimizer: torch.optim.Optimizer, watchman: Watchman
+) -> float:
     """Log the answer losses and the method's terms since the last flush: the only host sync."""
     n = len(losses)
     values = engine.total(*torch.stack(losses, dim=1).flatten().tolist())
@@ -381,9 +396,7 @@ def _flush(losses: list[Tensor], ctx: Context, engine: Engine, optimizer: torch.
         None,
     )
     if bad is not None:
-        raise RetainError(
-            f"task {ctx.task.name!r}: the loss is not finite at step {bad}; lower optim.lr or check the data"
-        )
+        raise RetainError(watchman.told(f"the loss is not finite at step {bad}"))
     rates = {str(g["name"]): g["lr"] for g in optimizer.param_groups}
     method = {"method": terms[-1]} if any(terms) else {}
     ctx.log(
