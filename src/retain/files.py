@@ -85,8 +85,9 @@ def aside(to: str | Path) -> Iterator[Path]:
 
 def _sweep(to: Path) -> None:
     """Remove the unfinished folders of processes that were killed while they wrote `to`."""
-    for left in to.parent.glob(f".{glob.escape(to.name)}.part-*") if to.parent.is_dir() else ():
-        found = re.fullmatch(r".*\.part-(\d+)", left.name)
+    ours = re.compile(rf"\.+{re.escape(to.name)}(?:\.part-\d+)*\.part-(\d+)")  # one writer may call another
+    for left in to.parent.glob(f".*{glob.escape(to.name)}.part-*") if to.parent.is_dir() else ():
+        found = ours.fullmatch(left.name)
         if found and left.is_dir() and not left.is_symlink() and not _lives(int(found[1])):
             shutil.rmtree(left, ignore_errors=True)
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from retain.files import parse_json, read_json, write_json
@@ -128,6 +128,21 @@ class Fit(TypedDict, total=False):
     reused: bool
     flops: Amount
     learned: list[str]
+
+
+class Stats(TypedDict, total=False):
+    """What a checkpoint has counted; all of `retain.run.train.FitStats` and nothing else."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    steps: Count
+    samples: Count
+    tokens: Count
+    seconds: Amount
+    last_loss: float
+    trainable_parameters: Count
+    trained: list[str]
+    peak_memory_bytes: Count
+    reused: bool
 
 
 class Cell(TypedDict):

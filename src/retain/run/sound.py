@@ -96,22 +96,22 @@ def wrong_kinds(method: Method, state: Mapping[str, Any]) -> str:
             return f"no state of {part.name!r}"
         hints = get_type_hints(type(part))
         for f in fields(part):
-            if not f.init and f.name in here and not _is(here[f.name], hints[f.name]):
+            if not f.init and f.name in here and not is_of(here[f.name], hints[f.name]):
                 return f"{part.name}.{f.name} is no {f.type}"
     return ""
 
 
-def _is(value: Any, hint: Any) -> bool:
+def is_of(value: Any, hint: Any) -> bool:
     """Whether a value is of a type, as far as plain types and their nests say; True for any other type."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_is(value, h) for h in inner)
+        return any(is_of(value, h) for h in inner)
     if origin is dict:
         return isinstance(value, dict) and all(
-            _is(k, inner[0]) and _is(v, inner[1]) for k, v in value.items()
+            is_of(k, inner[0]) and is_of(v, inner[1]) for k, v in value.items()
         )
     if origin in (list, set, frozenset):
-        return isinstance(value, origin) and all(_is(v, inner[0]) for v in value)
+        return isinstance(value, origin) and all(is_of(v, inner[0]) for v in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -136,7 +136,7 @@ class Watchman:
 
     def __post_init__(self) -> None:
         self.kept = self.kept or (
-            f"the state after {self.ctx.seen[-1]!r}" if self.ctx.seen else "what was there before"
+            f"the state after {self.ctx.seen[-1]!r}" if self.ctx.seen else "what was saved before"
         )
 
     def look(self, when: str, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -52,7 +52,7 @@ from retain.files import (
 )
 from retain.method import Method
 from retain.run import records
-from retain.run.sound import broken, wrong_kinds
+from retain.run.sound import broken, is_of, wrong_kinds
 from retain.types import Example, Message, RetainError, digest
 
 FORMAT = 1
@@ -480,6 +480,7 @@ class CheckpointDir:
     path: Path
     main: bool = True
     device: torch.device | str = "cpu"
+    sealed: bool = True  # whether what was loaded last has a seal: that of an earlier version has none
 
     def newest(self) -> str | None:
         """The slot that holds a complete checkpoint."""
@@ -490,7 +491,10 @@ class CheckpointDir:
         """The newest complete checkpoint, or None."""
         stem = self.newest()
         try:
-            return None if stem is None else dict(load_state(self.path / stem, self.device))
+            if stem is None:
+                return None
+            state, self.sealed = _loaded(self.path / stem, self.device)
+            return _snapshot(state, self.path / f"{stem}.json", optimizer=dict, method=dict)
         except RetainError as error:
             raise RetainError(f"{error}; remove {self.path} to train this task from its start") from error
 
@@ -520,7 +524,8 @@ class TunedDir:
         """What was kept under a key, or None."""
         stem = self.path / key
         try:
-            return dict(load_state(stem, self.device)) if stem.with_suffix(".json").is_file() else None
+            file = stem.with_suffix(".json")
+            return _snapshot(load_state(stem, self.device), file, events=list) if file.is_file() else None
         except RetainError as error:
             raise RetainError(f"{error}; remove {stem}.* to tune this task again") from error
 
@@ -570,6 +575,18 @@ def _whole(path: Path, state: Mapping[str, Tensor], wanted: str, head: Path) -> 
         raise RetainError(
             f"{path}: {len(bad)} tensors are not finite (first {bad[:2]}); an earlier version saved them"
         )
+
+
+def _snapshot(state: Any, path: Path, **kinds: type) -> dict[str, Any]:
+    """Refuse what is not the state of a task's training, with these entries besides; a seal says so already."""
+    if not isinstance(state, dict):
+        raise RetainError(f"{path} was not written by retain, or was edited: an object is needed")
+    records.fits(state.get("stats"), records.Stats, f"{path}: stats")
+    wanted: dict[str, Any] = {"adapters": dict[str, dict[str, Tensor]], **kinds}
+    wrong = [key for key, kind in wanted.items() if not is_of(state.get(key), kind)]
+    if wrong or not is_of(state.get("events", []), list[dict[str, Any]]):
+        raise RetainError(f"{path} was not written by retain, or was edited: {(wrong or ['events'])[0]}")
+    return state
 
 
 def _suits(method: Method, state: Any, sealed: bool, path: Path) -> None:

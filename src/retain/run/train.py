@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,7 @@ from retain.adapters.prompt import tokens_in_front
 from retain.method import Context, Method, answer
 from retain.models.base import Model, Turns
 from retain.run.engine import Engine, autocast, peak_memory
-from retain.run.sound import Watchman
+from retain.run.sound import Watchman, is_of, wrong_kinds
 from retain.types import Batch, Examples, RetainError, digest
 from retain.values import LATER, written
 
@@ -115,6 +116,9 @@ class FitStats:
 class Checkpoints(Protocol):
     """Where `fit` leaves its state every `checkpoint_every` steps; `retain.run.store` gives one."""
 
+    path: Path
+    sealed: bool
+
     def load(self) -> dict[str, Any] | None: ...
     def save(self, state: dict[str, Any]) -> None: ...
 
@@ -175,7 +179,7 @@ def fit(
     if kept:
         stats = _reuse(kept, model, ctx)
     else:
-        stats = FitStats() if saved is None else _restore(saved, model, method, optimizer)
+        stats = FitStats() if saved is None else _restored(saved, model, method, optimizer, checkpoints)
     if saved:
         watchman.look(f"in its checkpoint after step {stats.steps}", optimizer)
         watchman.kept = f"its checkpoint after step {stats.steps}"
@@ -420,11 +424,35 @@ def _snapshot(
     return {"stats": asdict(stats), **state}
 
 
+def _restored(
+    saved: Mapping[str, Any],
+    model: Model,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    checkpoints: Checkpoints | None,
+) -> FitStats:
+    """Go on from a checkpoint. RetainError with its folder where it does not fit what is trained."""
+    try:
+        if checkpoints and not checkpoints.sealed and (wrong := wrong_kinds(method, saved["method"])):
+            raise RetainError(f"not written by retain, or edited: {wrong}")
+        return _restore(saved, model, method, optimizer)
+    except RetainError as error:
+        at = checkpoints.path if checkpoints else "the checkpoint"
+        raise RetainError(f"{at}: {error}; remove it to train this task from its start") from error
+
+
 def _restore(
     saved: Mapping[str, Any], model: Model, method: Method, optimizer: torch.optim.Optimizer
 ) -> FitStats:
     for name, state in saved["adapters"].items():
         model.adapters.load(name, state)
     method.load_state_dict(saved["method"])
-    optimizer.load_state_dict(saved["optimizer"])
+    slots, own = saved["optimizer"].get("state"), optimizer.state_dict()  # the rest of it is said by `optim`
+    if not is_of(slots, dict[int, dict[str, Tensor]]):
+        raise RetainError("not the state of an optimizer")
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        shapes = {key: t.shape for key, t in slots.get(i, {}).items()}
+        if shapes and shapes != {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+            raise RetainError(f"the state of the optimizer does not fit tensor {i} of shape {tuple(p.shape)}")
+    optimizer.load_state_dict({**own, "state": slots})
     return FitStats(**saved["stats"])
