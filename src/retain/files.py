@@ -118,6 +118,11 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda p: p.write_text(text, encoding="utf8"))
 
 
+def utf8(text: str) -> bool:
+    """Whether UTF-8 can hold it: not with half of a surrogate pair."""
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
+
+
 def json_text(value: Any, indent: int | None = None, other: Callable[[Any], Any] | None = None) -> str:
     """A value as JSON that UTF-8 can hold, and that `parse_json` gives back; `other` turns what JSON does not know."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, default=other)

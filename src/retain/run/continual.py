@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 
 from retain.adapters.prompt import tokens_in_front
-from retain.files import write_text
+from retain.files import utf8, write_text
 from retain.method import Context, Method
 from retain.metrics.matrix import AccuracyMatrix
 from retain.models.base import Model
@@ -155,6 +155,8 @@ def check(r: Running) -> Sequence[Task]:
         check_kind(r.method, r.model.adapters.kind)
     files = Counter(safe(t.name).casefold() for t in r.stream.all)
     for task in r.stream.all:
+        if not utf8(task.name):
+            raise RetainError(f"task {task.name!r}: the name is no text that UTF-8 can hold; rename it")
         if files[safe(task.name).casefold()] > 1:
             raise RetainError(
                 f"task {task.name!r}: another task's name is the same as a file name; rename one"

@@ -193,8 +193,10 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> 
 
 
 def _example(name: str, turns: Any, images: Any, references: Any, meta: Any) -> Example:
-    plain = isinstance(name, str) and isinstance(meta, Mapping)
-    if not plain or not all(isinstance(v, tuple | list) for v in (turns, images, references)):
+    found = [name, *references, *(part for role, text, *_ in turns for part in (role, text))]
+    numbers = [n for _, _, *shown in turns for n in (shown[:1] + [k for at in shown[1:] for k in at])]
+    pictures = all(isinstance(i, Path | np.ndarray) for i in images)
+    if not (pictures and is_of(found, list[str]) and is_of(numbers, list[int]) and isinstance(meta, Mapping)):
         raise TypeError("no Example")
     return Example(name, tuple(Message(*turn) for turn in turns), images, references, meta)
 
