@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from retain.files import parse_json
 from retain.metrics import AccuracyMatrix
 from retain.run import records
@@ -137,7 +135,7 @@ class Group:
 def load_run(path: Path) -> Run:
     """One run folder. RetainError: not a run folder (names what is missing), another format, broken JSON."""
     head = _head(path)
-    config = head.get("config") or _config(path / "config.yaml")
+    config = head.get("config", {})
     data = records.read_table(path / "data.json", records.Data) if (path / "data.json").is_file() else {}
     run = RunDir.read(path)
     whole = saved_matrix(run) if (path / "matrix.json").is_file() else None
@@ -279,13 +277,3 @@ def _rows(run: RunDir, tasks: Sequence[str]) -> list[Row]:
 
 def _optional(path: Path, shape: Any) -> Record:
     return records.read(path, shape) if path.is_file() else {}
-
-
-def _config(path: Path) -> Record:
-    if not path.is_file():
-        return {}
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RetainError(f"{path}: no valid YAML: {error}") from None
-    return value if isinstance(value, dict) else {}

@@ -29,12 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from PIL import Image as PILImage
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from retain.adapters.bank import AdapterBank, Mix
@@ -53,7 +49,16 @@ from retain.files import (
 from retain.method import Method
 from retain.run import records
 from retain.run.sound import broken, is_of, wrong_kinds
-from retain.types import Example, Message, RetainError, digest
+from retain.run.states import (
+    built_state,
+    load_state,
+    load_tensors,
+    loaded_state,
+    read_state,
+    save_state,
+    save_tensors,
+)
+from retain.types import Example, RetainError, digest
 
 FORMAT = 1
 TUNED = "about-this-folder.txt"
@@ -61,150 +66,6 @@ LONGEST = 200
 """Bytes of a file name that a name is left as it is; longer ones are cut, and a hash tells them apart."""
 NOT_THE_RECIPE = frozenset({"out", "reuse", "track"})
 """Keys of a config that do not decide what is computed: a run continues where they differ."""
-
-
-# -- states --------------------------------------------------------------------------------------------------
-
-
-def save_state(stem: Path, value: Any) -> None:
-    """A nest of plain values, tensors, arrays, paths and Examples as `stem.json` and `stem.safetensors`.
-
-    Nests are dicts, lists, tuples and sets. Anything else is a RetainError that names its type. The JSON holds the
-    digest of the tensors and is written last.
-    """
-    tensors: dict[str, Tensor] = {}
-    try:
-        skeleton = _pack(value, tensors, stem.name)
-    except RecursionError:
-        raise RetainError(f"{stem.name} is nested too deep to be saved") from None
-    write_atomic(stem.with_suffix(".safetensors"), lambda p: save_file(tensors, p))
-    records.write(stem.with_suffix(".json"), {"$state": skeleton, "tensors": _content(tensors)})
-
-
-def load_state(stem: Path, device: torch.device | str = "cpu") -> Any:
-    """The inverse of `save_state`. A tensor goes back to where it was: the CPU, or the accelerator.
-
-    RetainError: a file that is missing, broken, of something else, or changed since it was written.
-    """
-    return _loaded(stem, device)[0]
-
-
-def _loaded(stem: Path, device: torch.device | str) -> tuple[Any, bool]:
-    """A state, and whether it was sealed; that of an earlier version is not."""
-    file = stem.with_suffix(".json")
-    skeleton, tensors = read_json(file), load_tensors(stem.with_suffix(".safetensors"))
-    whole = isinstance(skeleton, dict) and set(skeleton) == {"$state", "tensors", records.SEAL}
-    if whole:
-        head = records.unsealed(file.name, skeleton, f"{file}")
-        if head["tensors"] != _content(tensors):
-            raise RetainError(
-                f"{stem.with_suffix('.safetensors')} is not what {file} says (its digest does not fit)"
-            )
-        skeleton = head["$state"]
-    try:
-        return _unpack(skeleton, tensors, torch.device(device)), whole
-    except _Unreadable as error:
-        raise RetainError(f"{file} was not written by retain, or was edited: {error}") from None
-
-
-def _content(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of names, shapes, types and bits."""
-    return digest({key: [list(t.shape), t.reshape(-1)] for key, t in tensors.items()})
-
-
-class _Unreadable(Exception):
-    """What is wrong in a skeleton."""
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file; a missing or corrupt one is an error that names it."""
-    try:
-        # Cloned: a tensor in the mapped file is aligned differently, and a sum may differ in its last bit.
-        return {k: v.clone() for k, v in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise RetainError(f"cannot read {path}: {error}") from error
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """An atomic safetensors file."""
-    write_atomic(path, lambda p: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, p))
-
-
-def _pack(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Tensor | np.ndarray):
-        t = (
-            value
-            if isinstance(value, Tensor)
-            else torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
-        )  # a copy in this machine's byte order: it may be read-only
-        key = f"t{len(tensors):05d}"
-        tensors[key] = t.detach().cpu().contiguous().clone()
-        return {"$tensor" if isinstance(value, Tensor) else "$array": [key, t.device.type != "cpu"]}
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, PILImage.Image):
-        return _pack(np.array(opened(value, at)), tensors, at)
-    if isinstance(value, Path):
-        return {"$path": str(value)}
-    if isinstance(value, Example):
-        turns = [(m.role, m.text, m.images, *([m.at] if m.at else [])) for m in value.messages]
-        body = (value.id, turns, value.images, value.references, dict(value.meta))
-        return {"$example": [_pack(v, tensors, at) for v in body]}
-    if isinstance(value, Mapping):
-        return {"$dict": [[_pack(k, tensors, at), _pack(v, tensors, f"{at}.{k}")] for k, v in value.items()]}
-    for kind, types in (("$list", list), ("$tuple", tuple), ("$set", set | frozenset)):
-        if isinstance(value, types):
-            return {kind: [_pack(v, tensors, at) for v in (sorted(value) if kind == "$set" else value)]}
-    raise RetainError(
-        f"{at} holds a {type(value).__name__}, which cannot be saved without pickle; a method's state is numbers, "
-        "strings, tensors, arrays, paths, Examples, and lists, tuples, sets and dicts of them"
-    )
-
-
-def _unpack(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
-    if not isinstance(value, dict):
-        if isinstance(value, list):
-            raise _Unreadable("a bare list")
-        return value
-    kind, body = next(iter(value.items()), ("nothing", None))
-    if len(value) != 1 or kind not in _KINDS or not isinstance(body, str if kind == "$path" else list):
-        raise _Unreadable(f"{sorted(value)[:3]} is no kind of value")
-    if kind in ("$tensor", "$array"):
-        tensor = tensors.get(body[0]) if len(body) == 2 and isinstance(body[0], str) else None
-        if tensor is None:
-            raise _Unreadable(f"no tensor {body[:1]}")
-        return tensor.numpy() if kind == "$array" else tensor.to(device) if body[1] else tensor
-    if kind == "$path":
-        if "\0" in body:
-            raise _Unreadable(f"no path: {body!r}")
-        return Path(body)
-    try:
-        if kind == "$dict":
-            return {_unpack(k, tensors, device): _unpack(v, tensors, device) for k, v in body}
-        items = [_unpack(v, tensors, device) for v in body]
-        return _example(*items) if kind == "$example" else _KINDS[kind](items)
-    except (
-        TypeError,
-        ValueError,
-    ) as error:  # not two in a pair, a list as a key, not five parts of an example
-        raise _Unreadable(f"{kind}: {error}") from None
-
-
-def _example(name: str, turns: Any, images: Any, references: Any, meta: Any) -> Example:
-    found = [name, *references, *(part for role, text, *_ in turns for part in (role, text))]
-    numbers = [n for _, _, *shown in turns for n in (shown[:1] + [k for at in shown[1:] for k in at])]
-    pictures = all(isinstance(i, Path | np.ndarray) for i in images)
-    if not (pictures and is_of(found, list[str]) and is_of(numbers, list[int]) and isinstance(meta, Mapping)):
-        raise TypeError("no Example")
-    return Example(name, tuple(Message(*turn) for turn in turns), images, references, meta)
-
-
-_KINDS: dict[str, Any] = {
-    "$list": list, "$tuple": tuple, "$set": set, "$dict": dict, "$example": Example, "$path": Path, "$tensor": Tensor,
-    "$array": np.ndarray,
-}  # fmt: skip
 
 
 # -- the run folder ------------------------------------------------------------------------------------------
@@ -412,16 +273,20 @@ class Row:
         if changed := differences(head["signature"], json.loads(json.dumps(bank.signature, default=str))):
             raise RetainError(f"{self.path}: adapters of another model ({'; '.join(changed[:3])})")
         unknown = [n for n in Mix.from_json(head["mix"]).names if n not in head["adapters"]]
-        if unknown:
-            raise RetainError(
-                f"{file} was not written by retain, or was edited: mix: no adapter {unknown[0]!r}"
+        odd = [n for n in head["adapters"] if not re.fullmatch(r"[\w-]+", n)]
+        if unknown or odd:
+            said = (
+                f"mix: no adapter {unknown[0]!r}" if unknown else f"adapters: {odd[0]!r} is no adapter's name"
             )
+            raise RetainError(f"{file} was not written by retain, or was edited: {said}")
         files = {name: self.run.inside(entry["file"], file) for name, entry in head["adapters"].items()}
         states = {name: load_tensors(path) for name, path in files.items()}  # all, before anything is changed
         for name, state in states.items():
             _whole(files[name], state, head["adapters"][name]["digest"], file)
-        told, sealed = _loaded(self.path / "method", "cpu") if method is not None else ({}, True)
+        stem = self.path / "method"
         if method is not None:
+            skeleton, tensors, sealed = read_state(stem)
+            told = built_state(stem, skeleton, tensors, "cpu")
             _suits(method, told, sealed, self.path / "method.json")
         empty(bank)
         for name, state in states.items():
@@ -434,7 +299,7 @@ class Row:
         if method is not None:
             device = next((p.device for name in bank.names for p in bank.parameters(name).values()), "cpu")
             method.load_state_dict(
-                told if device == torch.device("cpu") else load_state(self.path / "method", device)
+                told if torch.device(device).type == "cpu" else built_state(stem, skeleton, tensors, device)
             )
 
     def checkpoints(self, device: torch.device | str = "cpu") -> CheckpointDir:
@@ -495,8 +360,8 @@ class CheckpointDir:
         try:
             if stem is None:
                 return None
-            state, self.sealed = _loaded(self.path / stem, self.device)
-            return _snapshot(state, self.path / f"{stem}.json", optimizer=dict, method=dict)
+            state, self.sealed = loaded_state(self.path / stem, self.device)
+            return _snapshot(state, self.sealed, self.path / f"{stem}.json", optimizer=dict, method=dict)
         except RetainError as error:
             raise RetainError(f"{error}; remove {self.path} to train this task from its start") from error
 
@@ -527,7 +392,7 @@ class TunedDir:
         stem = self.path / key
         try:
             file = stem.with_suffix(".json")
-            return _snapshot(load_state(stem, self.device), file, events=list) if file.is_file() else None
+            return _snapshot(*loaded_state(stem, self.device), file, events=list) if file.is_file() else None
         except RetainError as error:
             raise RetainError(f"{error}; remove {stem}.* to tune this task again") from error
 
@@ -579,10 +444,12 @@ def _whole(path: Path, state: Mapping[str, Tensor], wanted: str, head: Path) -> 
         )
 
 
-def _snapshot(state: Any, path: Path, **kinds: type) -> dict[str, Any]:
+def _snapshot(state: Any, sealed: bool, path: Path, **kinds: type) -> dict[str, Any]:
     """Refuse what is not the state of a task's training, with these entries besides; a seal says so already."""
     if not isinstance(state, dict):
         raise RetainError(f"{path} was not written by retain, or was edited: an object is needed")
+    if sealed:
+        return state
     records.fits(state.get("stats"), records.Stats, f"{path}: stats")
     wanted: dict[str, Any] = {"adapters": dict[str, dict[str, Tensor]], **kinds}
     wrong = [key for key, kind in wanted.items() if not is_of(state.get(key), kind)]
