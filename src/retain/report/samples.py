@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image as PILImage
+
 from retain.report.load import ZERO_SHOT, Group, Record, Row, Run
+from retain.types import RetainError
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,12 @@ def routing(run: Run) -> Routing | None:
 
 
 def data_uri(path: Path) -> str:
-    """An image file inline."""
+    """An image file inline. RetainError where it is not whole: PNG's own checksums are compared."""
+    try:
+        with PILImage.open(path, formats=("PNG", "JPEG", "WEBP", "GIF")) as picture:
+            picture.verify()
+    except Exception as error:  # Pillow's readers raise nearly every class there is on a broken file
+        raise RetainError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".gif": "gif"}.get(path.suffix.lower(), "png")
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
