@@ -39,6 +39,7 @@ from retain.adapters.bank import Mix
 from retain.models.base import Model, Turns
 from retain.stream import Stream, Task
 from retain.types import Batch, Conflict, Examples, Output, RetainError
+from retain.values import field_hints, ranged, typed
 
 FULL_GRADS = "full_grads"  # reads whole .grad tensors before or after the step
 FULL_PARAMS = "full_params"  # reads or writes whole adapter tensors during training
@@ -331,7 +332,7 @@ def register(cls: M) -> M:
     if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
         at = getattr(sys.modules.get(taken.__module__), "__file__", None) or taken.__module__
         raise RetainError(f"a method named {cls.name!r} is registered already, in {at}; choose another name")
-    REGISTRY[cls.name] = cls
+    REGISTRY[cls.name] = ranged(cls.name)(cls)
     return cls
 
 
@@ -375,20 +376,15 @@ def _one(name: str, options: Mapping[str, Any], where: str) -> Method:
     cls = known[name]
     if not isinstance(options, Mapping):
         raise RetainError(f"{where}.{name}: fields as a mapping are needed, not {options!r}")
-    choices = [f.name for f in fields(cls) if f.init]
+    hints = field_hints(cls, f"method {name!r}")
+    choices = list(hints)
     for key, value in options.items():
         if key not in choices:
             near = difflib.get_close_matches(str(key), choices, 1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             told = f"Choose from {choices}" if choices else "It takes none"
             raise RetainError(f"{where}.{name}: no field {key!r}{hint} {told}")
-        default = next(f.default for f in fields(cls) if f.name == key)
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
-        wrong_bool = isinstance(value, bool) and not isinstance(default, bool)
-        if default is not MISSING and default is not None and (wrong_bool or not isinstance(value, kinds)):
-            raise RetainError(
-                f"{where}.{name}.{key}: {value!r} is no {type(default).__name__} (default {default!r})"
-            )
+        typed(hints[key], value, f"{where}.{name}.{key}")
     return cls(**options)
 
 

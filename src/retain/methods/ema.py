@@ -10,14 +10,14 @@ ICML 2025, arXiv 2410.10868). `beta: 0` is off, bit for bit. The average is fp32
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from retain.method import FULL_PARAMS, Context, Method, register
 from retain.methods._parts import as_shadow
-from retain.types import RetainError
 
 
 @register
@@ -30,13 +30,9 @@ class Ema(Method):
     source: ClassVar[str] = "arXiv:2410.10868"
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
 
-    beta: float = 0.99
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.99
 
     shadow: dict[str, Tensor] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.beta < 1:
-            raise RetainError(f"ema.beta: must be in [0, 1), not {self.beta}")
 
     def begin_task(self, ctx: Context) -> None:
         self.shadow = {k: as_shadow(p) for k, p in ctx.model.adapters.trainable().items()}
