@@ -325,13 +325,15 @@ M = TypeVar("M", bound=type[Method])
 def register(cls: M) -> M:
     """Class decorator: the method can be named in recipes. Third parties use it, or the entry point `retain.methods`.
 
-    RetainError: no name, a name that is taken, a misspelt hook, a hook with other arguments, no @dataclass.
+    RetainError: no name, a name that is taken, a misspelt hook, a hook with other arguments, no @dataclass, a type that
+    cannot be read.
     """
     _check_class(cls)
     taken = REGISTRY.get(cls.name)
     if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
         at = getattr(sys.modules.get(taken.__module__), "__file__", None) or taken.__module__
         raise RetainError(f"a method named {cls.name!r} is registered already, in {at}; choose another name")
+    field_hints(cls, f"method {cls.name!r}")  # now, or the first recipe that names it would be told
     REGISTRY[cls.name] = ranged(cls.name)(cls)
     return cls
 

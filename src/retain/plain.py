@@ -32,10 +32,14 @@ class _Loader(yaml.SafeLoader):
     """
 
     depth = 0
+    count = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
+        self.count += 1
         mark = self.peek_event().start_mark
+        if self.count > MOST:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {MOST:,} values", mark)
         if self.depth > DEEPEST:
             raise yaml.constructor.ConstructorError(None, None, f"nested deeper than {DEEPEST} levels", mark)
         node = super().compose_node(parent, index)
@@ -130,7 +134,7 @@ LONGEST = 1_000_000
 """Bytes of a file that a person writes."""
 DEEPEST = 64
 """Levels of lists and mappings in each other."""
-MOST = 200_000
+MOST = 50_000
 """Values of a recipe, those that aliases repeat counted each time."""
 INT64 = 2**63
 """What torch, numpy and JSON readers take as a whole number is below."""
@@ -187,9 +191,14 @@ def real_path(path: str | Path, where: str) -> Path:
     if len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in Path(text).parts):
         raise RetainError(f"{where}: {short(text)} is longer than a path can be")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError:
         raise RetainError(f"{where}: {text!r}: there is no such user") from None
+    try:
+        path.resolve()
+    except (OSError, RuntimeError) as error:  # a link that leads back to itself
+        raise RetainError(f"{where}: {short(text)}: {error}") from None
+    return path
 
 
 def short(value: Any, n: int = 80) -> str:
