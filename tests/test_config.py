@@ -8,8 +8,9 @@ import pytest
 
 from retain import config
 from retain.assemble import build_method, build_stream
+from retain.plain import read_yaml
 from retain.types import RetainError
-from retain.values import fill, read_yaml
+from retain.values import fill
 
 RECIPE = """
 model: pocket

@@ -13,7 +13,7 @@ PACKAGE = Path(retain.__file__).parent
 
 # left to right; a module imports from its own layer or from layers to the left
 LAYERS = [
-    {"types", "files", "values"},
+    {"types", "files", "plain", "values"},
     {"stream", "order"},
     {"data", "adapters"},
     {"models"},

@@ -20,10 +20,11 @@ from retain.config import FilesSpec, Recipe, TaskSpec, benchmark_call
 from retain.data import read
 from retain.method import Method
 from retain.metrics import score
+from retain.plain import Plain, prefixed, read_small, real_path, short, whole_text
 from retain.run.engine import Engine
 from retain.stream import Stream, Task
 from retain.types import RetainError
-from retain.values import Plain, fill, prefixed
+from retain.values import fill
 
 if TYPE_CHECKING:
     from retain.models.hf import HFModel
@@ -62,7 +63,7 @@ def build_model(recipe: Recipe, device: torch.device | None = None) -> HFModel:
             dtype=DTYPES[spec.dtype],
             device=device or Engine.start(spec.device).device,
             family=spec.family,
-            guide=spec.guide,
+            guide=spec.guide and model_source(spec.guide, "model.guide"),
             max_length=spec.max_length,
             truncate=spec.truncate,
             square=spec.square,
@@ -78,19 +79,22 @@ def without_bars() -> None:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def model_source(name: str) -> str:
-    """What to load: the shipped weights for `pocket`, a directory, or a Hub id (`owner/name`)."""
+def model_source(name: str, key: str = "model") -> str:
+    """What to load: the shipped weights for `pocket`, a directory, or a Hub id (`owner/name`).
+
+    RetainError, naming the recipe's `key`, for a directory that is not there and for what is neither.
+    """
     if name == "pocket":
         from retain.pocket import pocket_path
 
         try:
             return str(pocket_path())
         except FileNotFoundError as error:
-            raise RetainError(f"model: {error}") from None
+            raise RetainError(f"{key}: {error}") from None
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" not in name
-    if looks_local and not Path(name).expanduser().is_dir():
+    if looks_local and not real_path(name, key).is_dir():
         raise RetainError(
-            f"model: no directory {name!r}; write pocket, a model directory, or a Hub id as owner/name"
+            f"{key}: no directory {short(name)}; write pocket, a model directory, or a Hub id as owner/name"
         )
     return name
 
@@ -135,11 +139,15 @@ def _from_files(spec: FilesSpec, where: str) -> Stream:
 
 
 def load_plugin(path: Path) -> None:
-    """Run a user's file once, so that its `@register`ed methods can be named."""
+    """Run a user's file once, so that its `@register`ed methods can be named.
+
+    RetainError for whatever it raises, and for `sys.exit`: it is for methods, and ends nothing.
+    """
     name = f"retain_plugin_{path.stem}"
     known = sys.modules.get(name)
     if known is not None and getattr(known, "__file__", None) == str(path):
         return
+    whole_text(read_small(path, "a plugin"), f"plugins: {path}")  # no pipe, no megabytes, text
     found = importlib.util.spec_from_file_location(name, path)
     if found is None or found.loader is None:
         raise RetainError(f"plugins: {path} is no Python file")
@@ -147,12 +155,13 @@ def load_plugin(path: Path) -> None:
     sys.modules[name] = module  # dataclasses look their module up while it is being run
     try:
         found.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
+    except (Exception, SystemExit) as error:  # whatever a user's file raises
         del sys.modules[name]
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         at = f"{path}:{lines[-1]}" if lines else str(path)
         kind = "" if isinstance(error, RetainError) else f"{type(error).__name__}: "
-        raise RetainError(f"plugins: {at}: {kind}{error}") from None
+        told = " ".join(str(error).split()) or "without a word"
+        raise RetainError(f"plugins: {at}: {kind}{told}") from None
     classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == name]
     idle = [c.__name__ for c in classes if issubclass(c, Method) and c not in methods.REGISTRY.values()]
     if idle and not any(c in methods.REGISTRY.values() for c in classes):

@@ -7,6 +7,7 @@ same command continues or starts again; a reader that closes the pipe (`| head`)
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -23,12 +24,53 @@ from typer.core import TyperGroup
 
 from retain import __version__
 
+USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError of the click that typer brings
+HELP = "NoArgsIsHelpError"  # of that click: no mistake, the help is shown
+
+
+def _path(param: typer.CallbackParam, value: Any) -> Any:
+    """A path that can be one, `~` replaced: RetainError otherwise. Lists are those of an argument that repeats."""
+    from retain.plain import real_path
+
+    if value is None or isinstance(value, list | tuple):
+        return value and [_path(param, v) for v in value]
+    return real_path(value, f"{'--' if param.param_type_name == 'option' else ''}{param.name}")
+
+
+def _file(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    """A file to write: new, or in the place of a file, never of a folder, a pipe or a device."""
+    from retain.types import RetainError
+
+    path: Path | None = _path(param, value)
+    if path and path.exists() and not path.is_file():
+        raise RetainError(
+            f"--{param.name}: {path} is {'a folder' if path.is_dir() else 'a device or a pipe'}; name a file"
+        )
+    return path
+
+
+def _folder(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    """A folder to write: new, or there, and then the command says what it may hold."""
+    from retain.types import RetainError
+
+    path: Path | None = _path(param, value)
+    if path and path.exists() and not path.is_dir():
+        raise RetainError(f"--{param.name}: {path} is no folder")
+    return path
+
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, such as seed=3 or optim.lr=1e-3", show_default=False)
 ]
-RecipeFile = Annotated[Path, typer.Argument(help="a recipe (YAML)", metavar="RECIPE", show_default=False)]
-RunFolder = Annotated[Path, typer.Argument(help="a run folder", metavar="RUN", show_default=False)]
-RunFolders = Annotated[list[Path], typer.Argument(help="run folders", metavar="RUN…", show_default=False)]
+RecipeFile = Annotated[
+    Path, typer.Argument(help="a recipe (YAML)", metavar="RECIPE", show_default=False, callback=_path)
+]
+RunFolder = Annotated[
+    Path, typer.Argument(help="a run folder", metavar="RUN", show_default=False, callback=_path)
+]
+RunFolders = Annotated[
+    list[Path], typer.Argument(help="run folders", metavar="RUN…", show_default=False, callback=_path)
+]
 
 
 class _Commands(TyperGroup):
@@ -42,6 +84,17 @@ class _Commands(TyperGroup):
                 return super().invoke(ctx)
         except RetainError as error:
             _fail(str(error))
+        except USAGE as error:
+            if type(error).__name__ == HELP:
+                raise
+            path = getattr(getattr(error, "ctx", None), "command_path", "retain")
+            _fail(f"{error.format_message()}; `{path} --help` shows how")  # type: ignore[attr-defined]
+        except (MemoryError, RuntimeError) as error:
+            from retain.run.engine import out_of_memory
+
+            if not out_of_memory(error):
+                raise
+            _fail(f"out of memory: {error}; what was saved before is kept")
         except KeyboardInterrupt:
             print(f"\ninterrupted: {_interrupted(ctx.invoked_subcommand)}", file=sys.stderr)  # noqa: T201
             raise typer.Exit(130) from None
@@ -83,10 +136,20 @@ def _interrupted(command: str | None) -> str:
     return "nothing was written, and the same command starts again from the beginning"
 
 
+LONGEST = 3000
+"""Characters of a message."""
+
+
 def _fail(message: str) -> None:
     world = os.environ.get("WORLD_SIZE", "1")  # a launcher's processes share a screen
     who = f"rank {os.environ.get('RANK', '?')} of {world}: " if world != "1" else ""
-    print(f"error: {who}{message}", file=sys.stderr)  # noqa: T201
+    line = " ".join(f"{who}{message}".split())  # a library's own message may have several
+    line = "".join(
+        c if c.isprintable() else repr(c)[1:-1] for c in line
+    )  # and what moves a terminal's cursor
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
+    print(f"error: {line}", file=sys.stderr)  # noqa: T201
     raise typer.Exit(2)
 
 
@@ -165,7 +228,8 @@ def explain(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command()
 def doctor(
     recipe: Annotated[
-        Path | None, typer.Argument(help="a recipe (YAML)", metavar="RECIPE", show_default=False)
+        Path | None,
+        typer.Argument(help="a recipe (YAML)", metavar="RECIPE", show_default=False, callback=_path),
     ] = None,
     overrides: Overrides = None,
     model: Annotated[
@@ -223,7 +287,8 @@ def compare(
 def report(
     runs: RunFolders,
     out: Annotated[
-        Path | None, typer.Option(help="default: report.html in the run, or beside several")
+        Path | None,
+        typer.Option(help="default: report.html in the run, or beside several", callback=_file),
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="show it in a browser")] = False,
 ) -> None:
@@ -256,7 +321,7 @@ def evaluate(
 @app.command()
 def export(
     run_folder: RunFolder,
-    to: Annotated[Path, typer.Option(help="folder to write")],
+    to: Annotated[Path, typer.Option(help="folder to write", callback=_folder)],
     after: Annotated[
         int | None, typer.Option(help="the model after this many tasks; default: the last")
     ] = None,
@@ -282,7 +347,7 @@ def merge(
         ),
     ] = None,
     method: Annotated[str, typer.Option("--with", help="the merger; see --list")] = "average",
-    to: Annotated[Path | None, typer.Option(help="folder to write")] = None,
+    to: Annotated[Path | None, typer.Option(help="folder to write", callback=_folder)] = None,
     weights: Annotated[str | None, typer.Option(help="one number per adapter, such as 1,0.5")] = None,
     keep: Annotated[
         str | None, typer.Option(help="auto, cat (exact), svd (truncated to --rank)", show_default=False)
@@ -318,7 +383,8 @@ def cka(
     runs: RunFolders,
     samples: Annotated[int, typer.Option(help="test samples that every model reads")] = 50,
     out: Annotated[
-        Path | None, typer.Option(help="default: cka.html (and .json) in the run, or beside several")
+        Path | None,
+        typer.Option(help="default: cka.html (and .json) in the run, or beside several", callback=_file),
     ] = None,
 ) -> None:
     """How alike the models of the tasks are in each layer: which layers to route, which to sum."""
@@ -340,9 +406,12 @@ def analyse_merge(
             help="a merge_tasks run, or a merged PEFT folder and those it was made from",
             metavar="RUN…",
             show_default=False,
+            callback=_path,
         ),
     ],
-    out: Annotated[Path | None, typer.Option(help="default: merge.html (and .json) in the run")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="default: merge.html (and .json) in the run", callback=_file)
+    ] = None,
 ) -> None:
     """What merging did to the adapters' directions: cosines, singular values, what is left, by layer."""
     from retain.commands.analyse import merge as of_directions
@@ -357,6 +426,13 @@ def analyse_merge(
 
 def main() -> None:
     """Entry point of the `retain` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show ends nothing
+    odd = next((a for a in sys.argv[1:] if any("\ud800" <= c <= "\udfff" for c in a)), None)
+    if odd is not None:
+        print(f"error: the argument {odd!r:.100} is no UTF-8 text", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2)
     app()
 
 

@@ -3,7 +3,7 @@
     recipe.yaml ─► plain dict ─► overrides ─► Recipe ─► retain.assemble
 
 Every message starts with the file (or the override) and the path of the key. Paths in a recipe are relative
-to the recipe. The reading itself, strict and by YAML 1.2, is in `retain.values`.
+to the recipe. The reading itself, strict and by YAML 1.2, is in `retain.plain`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import Field
 
 from retain import benchmarks
 from retain.adapters.kinds import KINDS, Spec
 from retain.data.picture import MAX_PIXELS
 from retain.metrics import score
+from retain.plain import Plain, kind, near, override, plain, prefixed, read_small, read_yaml, real_path, short
+from retain.run.engine import Device
 from retain.run.evaluate import EvalOptions
 from retain.run.track import TRACKERS
 from retain.run.train import Optim
 from retain.types import RetainError
-from retain.values import LATER, Plain, fill, kind, near, override, prefixed, read_yaml, typed, written
+from retain.values import LATER, Count, Name, PathText, Seed, fill, ranged, typed, written
 
 
+@ranged("model")
 @dataclass(frozen=True)
 class ModelSpec:
     """Which base model: `pocket` (in the package), a directory, or a Hub id; and how it is loaded.
@@ -38,40 +43,42 @@ class ModelSpec:
     the processor, which for LLaVA-1.5 cuts the longer sides off.
     """
 
-    name: str
+    name: Annotated[PathText, Field(min_length=1)]
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     family: str | None = None
-    guide: str | None = None
-    device: str = "auto"
-    max_length: int | None = None
+    guide: PathText | None = None
+    device: Device = "auto"
+    max_length: Count | None = None
     truncate: bool = False
     square: Literal["crop", "pad"] = field(default="crop", metadata=LATER)
 
 
+@ranged("task")
 @dataclass(frozen=True)
 class TaskSpec:
     """One task of a user's own stream. Files are relative to the recipe."""
 
-    name: str
-    train: str | None = None
+    name: Name
+    train: PathText | None = None
     test: str = ""
-    valid: str | None = None
+    valid: PathText | None = None
     score: str = "exact"
     compat: str | None = None
-    max_new_tokens: int = 32
-    image_root: str | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 32
+    image_root: PathText | None = None
     about: str = ""
 
 
+@ranged("stream")
 @dataclass(frozen=True)
 class FilesSpec:
     """A user's own stream: tasks in order, tasks that are only evaluated, and where the images are."""
 
     tasks: list[TaskSpec]
-    name: str = "mine"
-    image_root: str = "."
+    name: Name = "mine"
+    image_root: PathText = "."
     unseen: list[TaskSpec] = field(default_factory=list)
-    max_pixels: int = MAX_PIXELS
+    max_pixels: Annotated[int, Field(ge=1, lt=2**40)] = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -114,17 +121,12 @@ class Recipe:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply `key=value` overrides in order, check every key and type."""
-    path = Path(path)
-    if not path.is_file():
+    path = real_path(path, "the recipe")
+    if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        what = "is a folder, a recipe is a YAML file" if path.is_dir() else f"no such recipe{hint}"
-        raise RetainError(f"{path}: {what}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RetainError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    data = read_yaml(text, str(path))
+        raise RetainError(f"{path}: no such recipe{hint}")
+    data = read_yaml(read_small(path, "a recipe"), str(path))
     if not isinstance(data, dict):
         raise RetainError(
             f"{path}: a recipe is a mapping of keys (model, stream, method, …), not {kind(data)}"
@@ -134,17 +136,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse(data: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from plain data; `path` is where relative paths start and what messages name."""
-    plain = _normal(json.loads(json.dumps(data)), str(path))
+    told = _normal(json.loads(json.dumps(plain(data, str(path)))), str(path))
     for text in overrides:
-        override(plain, text)
-        plain = _normal(plain, f"override {text!r}")
+        override(told, text)
+        told = _normal(plain(told, f"override {short(text)}"), f"override {short(text)}")
     try:
-        return _recipe(plain, path)
+        return _recipe(told, path)
     except RetainError as error:
         said = re.split(r"; did you mean|Choose from", str(error).removeprefix(str(path)))[0]
         words = set(re.findall(r"\w+", said))
         guilty = [text for text in overrides if words.issuperset(re.findall(r"\w+", text.partition("=")[0]))]
-        raise type(error)(f"{error} (override {guilty[-1]!r})" if guilty else str(error)) from None
+        raise type(error)(f"{error} (override {short(guilty[-1])})" if guilty else str(error)) from None
 
 
 def _recipe(plain: Plain, path: Path) -> Recipe:
@@ -154,11 +156,13 @@ def _recipe(plain: Plain, path: Path) -> Recipe:
         raise RetainError(f"{path}: method: name at least one, such as lora; `retain methods` lists them")
     for tracker in top.track:
         if tracker not in TRACKERS:
-            raise RetainError(f"{path}: track: no tracker {tracker!r}{near(tracker, TRACKERS)}")
-    if top.optim.steps == 0:
-        raise RetainError(f"{path}: optim.steps: must be at least 1, or null to count epochs; not 0")
+            raise RetainError(f"{path}: track: no tracker {short(tracker)}{near(tracker, TRACKERS)}")
+        if top.track.count(tracker) > 1:
+            raise RetainError(f"{path}: track: {tracker!r} is named twice")
     _check_stream(top.stream, path)
-    out = Path(top.out).expanduser() if top.out else default_out(path, top.seed)
+    out = default_out(path, top.seed) if top.out is None else real_path(top.out, f"{path}: out")
+    if out.exists() and not out.is_dir():
+        raise RetainError(f"{path}: out: {short(str(out))} is no folder; a run is written into one")
     guide = _place(top.model.guide, base) if top.model.guide else None
     model = replace(top.model, name=_place(top.model.name, base), guide=guide)
     return Recipe(
@@ -171,9 +175,9 @@ def _recipe(plain: Plain, path: Path) -> Recipe:
         eval=top.eval,
         seed=top.seed,
         out=out,
-        plugins=tuple(_existing(base / Path(p).expanduser(), f"{path}: plugins") for p in top.plugins),
+        plugins=tuple(_existing(base, p, f"{path}: plugins") for p in top.plugins),
         track=tuple(top.track),
-        reuse=Path(top.reuse).expanduser() if top.reuse else None,
+        reuse=real_path(top.reuse, f"{path}: reuse") if top.reuse else None,
     )
 
 
@@ -187,11 +191,13 @@ class _Top:
     adapter: dict[str, Any] = field(default_factory=dict)  # `kind` says which keys it may have
     optim: Optim = field(default_factory=Optim)
     eval: EvalOptions = field(default_factory=EvalOptions)
-    seed: int = 0
-    out: str = ""
-    plugins: list[str] = field(default_factory=list)
+    seed: Seed = 0
+    out: PathText | None = None
+    plugins: list[PathText] = field(default_factory=list)
     track: list[str] = field(default_factory=list)
-    reuse: str = ""  # a folder that runs share: tasks tuned there from the same start are not tuned again
+    reuse: str = (
+        ""  # off; a folder that runs share: tasks tuned there from the same start are not tuned again
+    )
 
 
 def default_out(path: Path, seed: int) -> Path:
@@ -242,10 +248,6 @@ def _check_stream(stream: Plain, path: Path) -> None:
         for i, task in enumerate([*spec.tasks, *spec.unseen]):
             for name in filter(None, (task.score, task.compat)):
                 prefixed(f"{where}.tasks[{i}] ({task.name})", partial(score, name))
-            if task.max_new_tokens < 1:
-                raise RetainError(
-                    f"{where}.tasks[{i}].max_new_tokens: must be at least 1, not {task.max_new_tokens}"
-                )
     else:
         benchmark_call(stream, where)
 
@@ -270,9 +272,10 @@ def _place(name: str, base: Path) -> str:
     return name
 
 
-def _existing(path: Path, where: str) -> Path:
+def _existing(base: Path, name: str, where: str) -> Path:
+    path = base / real_path(name, where)
     if not path.is_file():
-        raise RetainError(f"{where}: no such file {str(path)!r}")
+        raise RetainError(f"{where}: no such file {short(str(path))}")
     return path.resolve()
 
 
@@ -306,7 +309,7 @@ def benchmark_call(stream: Plain, where: str) -> tuple[Any, Plain]:
         )
     options = options or {}
     make = benchmarks.find(name)
-    parameters, hints = inspect.signature(make).parameters, get_type_hints(make)
+    parameters, hints = inspect.signature(make).parameters, get_type_hints(make, include_extras=True)
     if not isinstance(options, Mapping):
         raise RetainError(f"{where}.{name}: a mapping of options is needed, not {kind(options)}")
     for key in options:

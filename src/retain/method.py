@@ -43,6 +43,7 @@ from retain.models.base import Model, Turns
 from retain.order import arranged, check_roles, check_together
 from retain.stream import Stream, Task
 from retain.types import Batch, Conflict, Examples, Output, RetainError
+from retain.values import field_hints, ranged, typed
 
 FULL_GRADS = "full_grads"  # reads whole .grad tensors before or after the step
 FULL_PARAMS = "full_params"  # reads or writes whole adapter tensors during training
@@ -345,14 +346,16 @@ M = TypeVar("M", bound=type[Method])
 def register(cls: M) -> M:
     """Class decorator: the method can be named in recipes. Third parties use it, or the entry point `retain.methods`.
 
-    RetainError: no name, a name that is taken, a misspelt hook, a hook with other arguments, no @dataclass.
+    RetainError: no name, a name that is taken, a misspelt hook, a hook with other arguments, no @dataclass, a type that
+    cannot be read.
     """
     _check_class(cls)
     taken = REGISTRY.get(cls.name)
     if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
         at = getattr(sys.modules.get(taken.__module__), "__file__", None) or taken.__module__
         raise RetainError(f"a method named {cls.name!r} is registered already, in {at}; choose another name")
-    REGISTRY[cls.name] = cls
+    field_hints(cls, f"method {cls.name!r}")  # now, or the first recipe that names it would be told
+    REGISTRY[cls.name] = ranged(cls.name)(cls)
     return cls
 
 
@@ -396,20 +399,15 @@ def _one(name: str, options: Mapping[str, Any], where: str) -> Method:
     cls = known[name]
     if not isinstance(options, Mapping):
         raise RetainError(f"{where}.{name}: fields as a mapping are needed, not {options!r}")
-    choices = [f.name for f in fields(cls) if f.init]
+    hints = field_hints(cls, f"method {name!r}")
+    choices = list(hints)
     for key, value in options.items():
         if key not in choices:
             near = difflib.get_close_matches(str(key), choices, 1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             told = f"Choose from {choices}" if choices else "It takes none"
             raise RetainError(f"{where}.{name}: no field {key!r}{hint} {told}")
-        default = next(f.default for f in fields(cls) if f.name == key)
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
-        wrong_bool = isinstance(value, bool) and not isinstance(default, bool)
-        if default is not MISSING and default is not None and (wrong_bool or not isinstance(value, kinds)):
-            raise RetainError(
-                f"{where}.{name}.{key}: {value!r} is no {type(default).__name__} (default {default!r})"
-            )
+        typed(hints[key], value, f"{where}.{name}.{key}")
     return cls(**options)
 
 

@@ -1,122 +1,26 @@
-"""Strict values from YAML and `key=value` overrides: what `retain.config` reads recipes with.
+"""Strict values: plain data from recipes as dataclasses, and the ranges that their fields declare.
 
-Numbers are read as YAML 1.2 reads them (2e-3 is a number, `on` is text), types are strict ("16" is no
-number), and every message names the file or the override and the path of the key.
+A field says once what it may be, `lam: Annotated[float, Field(ge=0)]` or one of the names below. The same
+declaration is read for a recipe (`fill`, `typed`), for a method's options (`retain.method.build`) and when Python makes
+one (`ranged`). NaN and infinity are in no range unless it says so. Types are strict ("16" is no number), and every
+message names the file or the override and the path of the key.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
-import re
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import asdict, fields
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from retain.plain import INT64, Plain, kind, near, plain, real_path, short
 from retain.types import RetainError
 
 T = TypeVar("T")
-Plain = dict[str, Any]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `2e-3` is a number, `on` and dates are text; a key that occurs twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(self.construct_object(key_node, deep=True))
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
-                )
-            seen.add(key)
-        return {str(k): v for k, v in super().construct_mapping(node, deep).items()}
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-):
-    _chars: list[Any] = [c if c != "\0" else "" for c in _first]
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _chars)
-_Loader.add_constructor(
-    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
-    lambda loader, node: loader.construct_mapping(node, deep=True),  # type: ignore[arg-type]
-)
-
-
-def read_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise RetainError(f"{where}{place}: no valid YAML: {problem}") from None
-    except ValueError as error:
-        raise RetainError(f"{where}: no valid YAML: {error}") from None
-
-
-# -- overrides -------------------------------------------------------------------------------------------
-
-
-def override(data: Plain, text: str) -> None:
-    """Apply one `a.b.c=value`; the value is YAML. A list takes an index or the name of an entry."""
-    key, sign, value = text.partition("=")
-    path = key.strip().split(".")
-    if not sign or not all(path):
-        raise RetainError(f"override {text!r}: write key=value, such as seed=3 or optim.lr=1e-3")
-    new = read_yaml(value, f"override {text!r}")
-    here: Any = data
-    for depth, step in enumerate(path[:-1]):
-        here = _descend(here, step, ".".join(path[: depth + 1]), text)
-    last = path[-1]
-    if isinstance(here, list):
-        here[_index(here, last, text)] = new
-    elif isinstance(here, dict):
-        here[last] = new
-    else:
-        raise RetainError(f"override {text!r}: {'.'.join(path[:-1])} is {kind(here)}, it has no key {last!r}")
-
-
-def _descend(here: Any, step: str, so_far: str, text: str) -> Any:
-    if isinstance(here, list):
-        entry = here[_index(here, step, text)]
-        return entry[step] if isinstance(entry, dict) and step in entry else entry
-    if not isinstance(here, dict):
-        raise RetainError(f"override {text!r}: {so_far} reaches into {kind(here)}")
-    if here.get(step) is None:
-        here[step] = {}
-    return here[step]
-
-
-def _index(items: list[Any], step: str, text: str) -> int:
-    names = [
-        str(next(iter(e)) if isinstance(e, dict) and len(e) == 1 else _name_of(e, i))
-        for i, e in enumerate(items)
-    ]
-    if step in names:
-        return names.index(step)
-    if step.isdigit() and int(step) < len(items):
-        return int(step)
-    raise RetainError(f"override {text!r}: no entry {step!r}{near(step, names)}")
-
-
-def _name_of(entry: Any, i: int) -> Any:
-    return entry.get("name", i) if isinstance(entry, dict) else i
-
 
 # -- typed values ----------------------------------------------------------------------------------------
 
@@ -128,19 +32,19 @@ def fill(cls: type[T], data: Any, where: str) -> T:
     """
     if not isinstance(data, Mapping):
         raise RetainError(f"{where}: a mapping of keys is needed, not {kind(data)}")
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     known = [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
     for key in data:
         if key not in known:
             raise RetainError(f"{where}: no key {key!r}{near(str(key), known)}")
     instance = {key: _value(hints[key], value, _join(where, key)) for key, value in data.items()}
+    needed = [
+        n for n, p in inspect.signature(cls).parameters.items() if p.default is p.empty and n not in data
+    ]
+    if needed:
+        raise RetainError(f"{where}: the key {needed[0]!r} is missing")
     try:
         return cls(**instance)
-    except TypeError:
-        needed = [
-            n for n, p in inspect.signature(cls).parameters.items() if p.default is p.empty and n not in data
-        ]
-        raise RetainError(f"{where}: the key {needed[0]!r} is missing") from None
     except RetainError as error:
         file, _, key = where.partition(": ")
         own = key and str(error).startswith(key)  # `optim.lr: must be …` names its key already
@@ -158,20 +62,67 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def typed(hint: Any, value: Any, where: str) -> Any:
-    """One value, strictly: a whole number passes as a float, a list as a tuple, nothing else is converted."""
+    """One value of a recipe, strictly: a whole number passes as a float, a list as a tuple, nothing else is converted.
+
+    Ranges are those that the type declares, `Annotated[float, Field(gt=0, lt=1)]`; NaN and infinity are in none,
+    unless it says `Field(allow_inf_nan=True)`.
+    """
     try:
-        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+        return TypeAdapter(hint, config=CONFIG).validate_json(json.dumps(plain(value, where)), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        inner = "".join(
-            f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"] if not _is_branch(p)
-        )
-        raise RetainError(f"{where}{inner}: {value!r}: {first['msg']}") from None
+        raise RetainError(_refusal(error, hint, where)) from None
+
+
+def check(hint: Any, value: Any, where: str) -> None:
+    """A value of Python against its declared type and range, as `typed` does for one of a recipe."""
+    try:
+        TypeAdapter(hint, config=CONFIG).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise RetainError(_refusal(error, hint, where)) from None
+
+
+CONFIG = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
+BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+def _refusal(error: ValidationError, hint: Any, where: str) -> str:
+    """What is wrong, in one sentence: path, value, and the range or the choices."""
+    first = error.errors(include_url=False)[0]
+    inner = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"] if not _is_branch(p))
+    value, at = first["input"], f"{where}{inner}"
+    if first["type"] == "literal_error":
+        return f"{at}: {short(value)} is none of {_choices(hint)}"
+    if first["type"] == "finite_number" or first["type"].startswith(("greater_than", "less_than")):
+        return f"{at}: must be {_range(hint) or 'a finite number'}, not {short(value)}"
+    if first["type"] == "too_short":
+        return f"{at}: must not be empty"
+    if first["type"] == "string_too_short":
+        return f"{at}: must not be an empty text"
+    if first["type"] == "value_error":
+        return f"{at}: {short(value)} {first['msg'].removeprefix('Value error, ')}"
+    return f"{at}: {short(value)}: {first['msg']}"
+
+
+def _choices(hint: Any) -> list[Any]:
+    """Every word of the Literals in a type."""
+    inside = [c for h in get_args(hint) for c in _choices(h)]
+    return list(get_args(hint)) if get_origin(hint) is Literal else inside
+
+
+def _range(hint: Any) -> str:
+    """The bounds that a type declares, in words; "" for none."""
+    bounds: dict[str, Any] = {}
+    for extra in getattr(hint, "__metadata__", ()):
+        for mark in getattr(extra, "metadata", ()):
+            bounds |= {k: getattr(mark, k) for k in BOUNDS if getattr(mark, k, None) is not None}
+    inner = next(filter(None, map(_range, get_args(hint))), "") if not bounds else ""
+    return inner or " and ".join(f"{word} {bounds[k]:,}" for k, word in BOUNDS.items() if k in bounds)
 
 
 def _is_branch(part: int | str) -> bool:
     """Pydantic names the branch of a union (`int`, `list[str]`) as if it were a key."""
-    return isinstance(part, str) and (part in {"int", "float", "str", "bool", "none"} or "[" in part)
+    words = {"int", "float", "str", "bool", "none"}
+    return isinstance(part, str) and (part in words or "[" in part or part.startswith("constrained-"))
 
 
 def _join(where: str, key: str) -> str:
@@ -179,28 +130,82 @@ def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if ": " in where else f"{where}: {key}"
 
 
-def near(word: str, choices: Iterable[str]) -> str:
-    """The end of a message: the nearest choice, if one is near, and all of them."""
-    choices = list(choices)
-    found = difflib.get_close_matches(word, choices, 1, cutoff=0.5)
-    hint = f"; did you mean {found[0]!r}?" if found else "."
-    return f"{hint} Choose from {choices}"
+# -- ranges ----------------------------------------------------------------------------------------------
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrOff = Annotated[int, Field(ge=0, le=10**9)]
+"""A whole number in which 0 means off, or all."""
+Size = Annotated[int, Field(ge=1, le=2**20)]
+"""A whole number by which something is allocated."""
 
 
-def kind(value: Any) -> str:
-    """A value in words: `a list`, `text ('abc')`."""
-    names = {dict: "a mapping", list: "a list", str: "text", type(None): "nothing", bool: "true/false"}
-    name = names.get(type(value), "a number")
-    return name if value is None or isinstance(value, dict | list) else f"{name} ({value!r})"
+def zero_or(low: float) -> AfterValidator:
+    """0, which means off, or a number of at least `low`: `Annotated[float, zero_or(1e-6)]`."""
+
+    def held(value: float) -> float:
+        if value and not value >= low:
+            raise ValueError(f"is neither 0 nor at least {low:g}")
+        return value
+
+    return AfterValidator(held)
 
 
-def prefixed(where: str, call: Callable[[], T]) -> T:
-    """What `call` gives; its RetainError says where in the recipe."""
+Seed = Annotated[int, Field(ge=0, lt=INT64)]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def _as_path(text: str) -> str:
     try:
-        return call()
+        real_path(text, "path")
     except RetainError as error:
-        raise type(error)(f"{where}: {error}") from None
+        raise ValueError(str(error).removeprefix("path: ")) from None
+    return text
 
+
+PathText = Annotated[str, AfterValidator(_as_path)]
+
+
+def ranged(at: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator, above @dataclass: what the fields declare is checked whenever one is made, also in Python.
+
+    `at` is what messages call it: `optim` for `optim.lr: must be above 0, not -1`.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        make: Callable[..., None] = cls.__init__
+        hints: dict[str, Any] = {}
+
+        @wraps(make)
+        def checked(self: T, *args: Any, **given: Any) -> None:
+            if not hints:
+                hints.update(field_hints(cls, at))
+            for key, value in (dict(zip(hints, args)) | given).items():
+                if key in hints and not is_dataclass(hints[key]):
+                    check(hints[key], value, f"{at}.{key}")
+            make(self, *args, **given)
+
+        cls.__init__ = checked  # type: ignore[method-assign]
+        return cls
+
+    return decorate
+
+
+def field_hints(cls: type, at: str) -> dict[str, Any]:
+    """The declared types of a dataclass's fields that are given when it is made, in order."""
+    names = [f.name for f in fields(cls) if f.init]
+    try:
+        found = get_type_hints(cls, include_extras=True)
+    except Exception as error:  # whatever an annotation raises
+        raise RetainError(
+            f"{at}: the type of a field cannot be read: {type(error).__name__}: {error}"
+        ) from None
+    return {name: found[name] for name in names}
+
+
+# -- written down ----------------------------------------------------------------------------------------
 
 LATER = {"later": True}
 """Marks a field that came after run folders had been written without it."""

@@ -18,17 +18,20 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
 from retain.adapters.bank import AdapterBank, Site, Weight
 from retain.types import RetainError
+from retain.values import Positive, ranged
 
 
+@ranged("adapter")
 @dataclass(frozen=True)
 class LoraSpec:
     """Which layers get LoRA, which are copied whole, and how large.
@@ -40,18 +43,12 @@ class LoraSpec:
 
     kind: ClassVar[str] = "lora"  # what a recipe calls it
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: str = "language"
+    rank: Annotated[int, Field(ge=1, le=65_536)] = 16
+    alpha: Positive = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Annotated[str, Field(min_length=1, max_length=10_000)] = "language"
     dense: str = "projector"
     rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise RetainError(f"adapter: rank must be at least 1, not {self.rank}")
-        if not 0 <= self.dropout < 1:
-            raise RetainError(f"adapter: dropout must be in [0, 1), not {self.dropout}")
 
     @property
     def scale(self) -> float:

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
@@ -29,21 +30,22 @@ from torch.nn import functional as F
 from retain.adapters.bank import Site
 from retain.adapters.lora import LoraSpec, _Adapted
 from retain.types import RetainError
+from retain.values import ranged
 
 STD_A = 0.01  # of the released code
 
 
+@ranged("adapter")
 @dataclass(frozen=True)
 class MoeSpec(LoraSpec):
     """As `LoraSpec`; `rank` is split over `experts`. CoIN: rank 128, 8 experts."""
 
     kind: ClassVar[str] = "moe"
 
-    experts: int = 8
+    experts: Annotated[int, Field(ge=1, le=65_536)] = 8
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.experts < 1 or self.rank % self.experts:
+        if self.rank % self.experts:
             raise RetainError(
                 f"adapter: rank {self.rank} cannot be split over {self.experts} experts; "
                 "rank must be a multiple of experts"

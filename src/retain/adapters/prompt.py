@@ -21,31 +21,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
 from retain.adapters.bank import AdapterBank, Mix
 from retain.types import Batch, RetainError
+from retain.values import ranged
 
 SITE = "prompt"  # the name of the site in its bank
 
 
+@ranged("adapter")
 @dataclass(frozen=True)
 class PromptSpec:
     """Soft prompts of `tokens` rows each, at most `at_once` of them before a sample (ModalPrompt: 10 and 3)."""
 
     kind: ClassVar[str] = "prompt"
 
-    tokens: int = 10
-    at_once: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "at_once"):
-            if getattr(self, name) < 1:
-                raise RetainError(f"adapter: {name} must be at least 1, not {getattr(self, name)}")
+    tokens: Annotated[int, Field(ge=1, le=65_536)] = 10
+    at_once: Annotated[int, Field(ge=1, le=65_536)] = 3
 
     def in_front(self, n_tasks: int) -> int:
         """Tokens before a sample once there is a prompt for each of so many tasks."""

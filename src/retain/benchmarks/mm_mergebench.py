@@ -18,11 +18,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from retain.data import read
 from retain.metrics import score
 from retain.stream import Published, Stream, Task
 from retain.types import Example, Message, RetainError
+from retain.values import PathText
 
 LETTER = "Answer with the option's letter from the given choices directly."
 SHORT = "Answer the question using a single word or phrase."
@@ -93,7 +97,10 @@ RobustMerge seen: its cells average 57.41 and 57.33 is printed, so one cell of o
 
 
 def mm_mergebench(
-    root: str, image_root: str = "", seen: Sequence[str] | None = None, unseen: Sequence[str] | None = None
+    root: Annotated[PathText, Field(min_length=1)],
+    image_root: str = "",
+    seen: Annotated[Sequence[str], Field(min_length=1)] | None = None,
+    unseen: Sequence[str] | None = None,
 ) -> Stream:
     """The benchmark from the folders under `root`; `seen` and `unseen` choose fewer tasks."""
     base = Path(root).expanduser()

@@ -17,56 +17,58 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from retain.assemble import model_source
 from retain.merge.base import KEEP, Keep, available_mergers, merger
 from retain.merge.folders import Summary, merge_checkpoint, merge_folders
+from retain.plain import read_small, read_yaml, real_path
 from retain.types import RetainError
-from retain.values import fill, read_yaml
+from retain.values import CountOrOff, PathText, fill, ranged
 
 GREEK = {"lambda": "lam"}
 """What people call a parameter whose name Python does not allow."""
 
 
+@ranged("models")
 @dataclass(frozen=True)
 class ModelEntry:
     """One adapter of a recipe."""
 
-    model: str
+    model: Annotated[PathText, Field(min_length=1)]
     weight: float = 1.0
 
 
+@ranged("merge")
 @dataclass(frozen=True)
 class MergeSpec:
     """A recipe of `retain merge`."""
 
     models: list[ModelEntry]
     method: str
-    to: str = ""
+    to: PathText | Literal[""] = ""
     parameters: dict[str, Any] = field(default_factory=dict)
     keep: str | None = None
-    rank: int = 0
+    rank: CountOrOff = 0
     merged: bool = False
-    base: str | None = None
+    base: PathText | None = None
     any_base: bool = False
 
 
 def from_file(path: Path, to: Path | None = None, merged: bool = False) -> MergeSpec:
     """A recipe with absolute paths; `to` and `merged` of the command line win."""
-    try:
-        data = read_yaml(path.read_text(encoding="utf-8-sig"), str(path))
-    except UnicodeDecodeError as error:
-        raise RetainError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    data = read_yaml(read_small(path, "a recipe"), str(path))
     if isinstance(data, dict) and isinstance(data.get("models"), list):
         data["models"] = [{"model": m} if isinstance(m, str) else m for m in data["models"]]
     spec = fill(MergeSpec, data, str(path))
     if not spec.models:
         raise RetainError(f"{path}: models: the list is empty; name at least one adapter")
     base = path.resolve().parent
-    target = str(to) if to else str(base / Path(spec.to).expanduser()) if spec.to else ""
-    models = [ModelEntry(str(base / Path(m.model).expanduser()), m.weight) for m in spec.models]
-    folder = str(base / Path(spec.base).expanduser()) if spec.base and spec.base != "pocket" else spec.base
+    target = str(to) if to else str(base / real_path(spec.to, "to")) if spec.to else ""
+    models = [ModelEntry(str(base / real_path(m.model, "models")), m.weight) for m in spec.models]
+    folder = str(base / real_path(spec.base, "base")) if spec.base and spec.base != "pocket" else spec.base
     whole = merged or spec.merged
     return MergeSpec(
         models, spec.method, target, spec.parameters, spec.keep, spec.rank, whole, folder, spec.any_base
@@ -77,7 +79,7 @@ def from_words(
     words: Sequence[str], method: str, weights: str | None = None, to: Path | None = None, **more: Any
 ) -> MergeSpec:
     """Folders and `key=value` parameters in any order, weights as `1,0.5`."""
-    folders = [w for w in words if "=" not in w or Path(w).is_dir()]
+    folders = [w for w in words if "=" not in w or (len(w) < 4000 and Path(w).is_dir())]
     params = {}
     for word in words:
         if word not in folders:

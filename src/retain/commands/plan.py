@@ -211,7 +211,8 @@ def _why(module: nn.Module, path: str, own: Sequence[str], family: Family, head:
 def _guide(recipe: Recipe) -> GuideSource:
     """The guide that a run of this recipe has: the named one, else a folder beside the base."""
     beside = Path(model_source(recipe.model.name)) / "guide"
-    return recipe.model.guide or (beside if beside.is_dir() else None)
+    named = recipe.model.guide and model_source(recipe.model.guide, "model.guide")
+    return named or (beside if beside.is_dir() else None)
 
 
 def _size(module: nn.Module) -> int:

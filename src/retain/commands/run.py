@@ -6,11 +6,12 @@ import time
 from collections.abc import Mapping
 
 from retain.assemble import build_method, build_model, build_stream
+from retain.commands import plan
 from retain.config import Recipe
 from retain.metrics import AccuracyMatrix
 from retain.models.base import Model, Turns
 from retain.run import continual
-from retain.run.engine import Engine
+from retain.run.engine import Engine, out_of_memory
 from retain.run.progress import Progress
 from retain.run.store import RunDir
 from retain.run.track import Tracker, open_tracker
@@ -19,9 +20,33 @@ from retain.types import RetainError
 
 
 def start(recipe: Recipe, *, quiet: bool = False) -> tuple[AccuracyMatrix, bool]:
-    """Run a recipe, or continue it; returns the matrix, and whether this process should print it."""
-    with Engine.start(recipe.model.device) as engine:
-        return _started(recipe, engine, quiet), engine.main
+    """Run a recipe, or continue it; returns the matrix, and whether this process should print it.
+
+    RetainError where memory ends, with what `retain plan` estimates.
+    """
+    try:
+        with Engine.start(recipe.model.device) as engine:
+            return _started(recipe, engine, quiet), engine.main
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise RetainError(
+            f"{recipe.path}: out of memory{said and f' ({said})'}; {estimated(recipe)}"
+        ) from error
+
+
+def estimated(recipe: Recipe) -> str:
+    """What `retain plan` says of memory, and what makes it less."""
+    less = (
+        "less: a larger optim.accumulate, optim.grad_checkpointing: true, a smaller eval.batch_size, model.dtype: bf16; "
+        "what was saved before is kept"
+    )
+    try:
+        rows = plan.total_rows(plan.make_plan(recipe))
+    except (RetainError, MemoryError, RuntimeError):  # no memory for a plan either
+        return less
+    return f"`retain plan` estimates {next(r[1] for r in rows if r[0].startswith('memory'))}; {less}"
 
 
 def _started(recipe: Recipe, engine: Engine, quiet: bool) -> AccuracyMatrix:

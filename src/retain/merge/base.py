@@ -13,20 +13,21 @@ A merger is a rule for one module (`mergers.py` has them). What the result is ke
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from retain.merge.axes import Space, borders_of, taus_in
 from retain.merge.parts import Low, Part, dense, full, join, shape, split, truncated
+from retain.plain import near
 from retain.types import RetainError, State
+from retain.values import check
 
 Keep = Literal["auto", "cat", "svd", "dense"]
 KEEP: tuple[Keep, ...] = get_args(Keep)
@@ -181,44 +182,11 @@ class Merger:
                 f"{where_} needs {lacking[0]}: one state per adapter, which a method of a run computes; "
                 "adapters on disk do not hold them"
             )
-        hints = get_type_hints(self.rule)
+        hints = get_type_hints(self.rule, include_extras=True)
         for key, value in params.items():
             if key not in self.params:
                 raise RetainError(f"{where_}: no parameter {key!r}{near(key, self.params)}")
-            check_value(hints[key], value, f"{where_}.{key}")
-            low, high = RANGES.get(key, (-math.inf, math.inf))
-            if isinstance(value, int | float) and not low <= value <= high:
-                raise RetainError(f"{where_}.{key}: must be in [{low:g}, {high:g}], not {value}")
-
-
-RANGES = {
-    "density": (0.0, 1.0), "window": (0.0, 1.0), "ratio": (0.0, 1.0), "clip": (0.0, 0.5),
-    "floor": (0.0, 1.0), "new": (0.0, 1.0), "parallel": (0.0, 1.0),
-}  # fmt: skip
-"""What parameters of these names may be, in every merger."""
-
-
-def near(word: str, choices: Iterable[str]) -> str:
-    """The end of a message: the nearest choice, if one is near, and all of them."""
-    choices = list(choices)
-    found = difflib.get_close_matches(word, choices, 1, cutoff=0.5)
-    hint = f"; did you mean {found[0]!r}?" if found else "."
-    return f"{hint} Choose from {choices}"
-
-
-def check_value(hint: Any, value: Any, at: str) -> None:
-    """One value of a parameter against its type."""
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise RetainError(f"{at}: {value!r} is none of {list(get_args(hint))}")
-        return
-    fits = (
-        isinstance(value, bool)
-        if hint is bool
-        else not isinstance(value, bool) and isinstance(value, int | float)
-    )
-    if not fits or (hint is int and not isinstance(value, int)) or not math.isfinite(value):
-        raise RetainError(f"{at}: {value!r} is no {'finite number' if hint is float else hint.__name__}")
+            check(hints[key], value, f"{where_}.{key}")
 
 
 class where:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from retain.merge.axes import (
@@ -29,6 +30,7 @@ from retain.merge.axes import (
 from retain.merge.base import register_merger
 from retain.merge.parts import Low, Part, dense, inner, scaled, total
 from retain.types import RetainError
+from retain.values import Seed, Share
 
 # -- sums ------------------------------------------------------------------------------------------------
 
@@ -56,7 +58,7 @@ def svd(parts: Sequence[Part], weights: Sequence[float], *, lam: float = 1.0) ->
 
 
 @register_merger("the great circle between two", "Shoemake, SIGGRAPH 1985", exactly=2)
-def slerp(parts: Sequence[Part], weights: Sequence[float], *, parallel: float = 0.9995) -> Part:
+def slerp(parts: Sequence[Part], weights: Sequence[float], *, parallel: Share = 0.9995) -> Part:
     """sin((1-t) w)/sin(w) dW_1 + sin(t w)/sin(w) dW_2, cos(w) = <dW_1, dW_2> / |dW_1||dW_2|, per module.
 
     t is the second adapter's share of the weights. Above `parallel` in cosine (or with a zero change) it is
@@ -74,7 +76,7 @@ def slerp(parts: Sequence[Part], weights: Sequence[float], *, parallel: float = 
 
 
 @register_merger("old and new in turn, each new one with a fixed share", "arXiv:2312.08977", in_order=True)
-def coma(parts: Sequence[Part], weights: Sequence[float], *, new: float = 0.4) -> Part:
+def coma(parts: Sequence[Part], weights: Sequence[float], *, new: Share = 0.4) -> Part:
     """avg_t = (1 - new) avg_{t-1} + new dW_t, in the order given (CoMA, Marouf et al. 2024)."""
     shares = [1.0]
     for _ in parts[1:]:
@@ -112,7 +114,7 @@ def magnitude_prune(
     parts: Sequence[Part],
     weights: Sequence[float],
     *,
-    density: float = 0.2,
+    density: Share = 0.2,
     lam: float = 1.0,
     space: Space = "deltas",
     trim: Trim = "module",
@@ -127,7 +129,7 @@ def ties(
     parts: Sequence[Part],
     weights: Sequence[float],
     *,
-    density: float = 0.2,
+    density: Share = 0.2,
     lam: float = 1.0,
     signs: Literal["total", "frequency"] = "total",
     space: Space = "deltas",
@@ -163,9 +165,9 @@ def dare(
     parts: Sequence[Part],
     weights: Sequence[float],
     *,
-    density: float = 0.2,
+    density: Share = 0.2,
     lam: float = 1.0,
-    seed: int = 0,
+    seed: Seed = 0,
     space: Space = "deltas",
 ) -> Part:
     """lam sum_n w_n m_n dW_n / density, m_n ~ Bernoulli(density) (Yu et al., ICML 2024); density = 1 - p."""
@@ -177,10 +179,10 @@ def dare_ties(
     parts: Sequence[Part],
     weights: Sequence[float],
     *,
-    density: float = 0.2,
+    density: Share = 0.2,
     lam: float = 1.0,
     signs: Literal["total", "frequency"] = "total",
-    seed: int = 0,
+    seed: Seed = 0,
     space: Space = "deltas",
 ) -> Part:
     """DARE's pruning, TIES' election and disjoint mean."""
@@ -192,11 +194,11 @@ def della(
     parts: Sequence[Part],
     weights: Sequence[float],
     *,
-    density: float = 0.7,
-    window: float = 0.14,
+    density: Share = 0.7,
+    window: Share = 0.14,
     lam: float = 1.1,
     signs: Signs = "total",
-    seed: int = 0,
+    seed: Seed = 0,
     space: Space = "deltas",
 ) -> Part:
     """DELLA (Deep et al. 2024): in each row larger entries are likelier to stay; then TIES (`signs: sum` for none).
@@ -213,7 +215,7 @@ def knots_ties(
     parts: Sequence[Part],
     weights: Sequence[float],
     *,
-    density: float = 0.2,
+    density: Share = 0.2,
     lam: float = 0.6,
     signs: Literal["total", "frequency"] = "total",
     trim: Trim = "module",
@@ -231,10 +233,10 @@ def knots_dare_ties(
     parts: Sequence[Part],
     weights: Sequence[float],
     *,
-    density: float = 0.9,
+    density: Share = 0.9,
     lam: float = 0.7,
     signs: Literal["total", "frequency"] = "total",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Part:
     """KnOTS with DARE-TIES, defaults of the release's configs (p = 0.1, nothing trimmed)."""
     return _dare(parts, weights, density, lam, seed, "knots", signs)
@@ -254,9 +256,9 @@ def pcb(
     parts: Sequence[Part],
     weights: Sequence[float],
     *,
-    ratio: float = 0.1,
+    ratio: Share = 0.1,
     lam: float = 1.2,
-    clip: float = 1e-4,
+    clip: Annotated[float, Field(ge=0, le=0.5)] = 1e-4,
     space: Space = "deltas",
 ) -> Part:
     """PCB-Merging (Du et al., NeurIPS 2024), as released:
@@ -306,10 +308,10 @@ def copa(
     parts: Sequence[Part],
     weights: Sequence[float],
     *,
-    density: float = 0.2,
+    density: Share = 0.2,
     lam: float = 2.0,
     form: Literal["sum", "product"] = "sum",
-    floor: float = 0.0,
+    floor: Share = 0.0,
     scale: bool = True,
     normalise: bool = True,
 ) -> Part:

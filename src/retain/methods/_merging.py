@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -78,13 +78,6 @@ def told(merged: Merged) -> dict[str, Any]:
     """What the events of a run say of a merge."""
     errors = list(merged.errors.values()) or [0.0]
     return {"modules": len(merged.parts), "mean_error": sum(errors) / len(errors), "max_error": merged.error}
-
-
-def numbers(values: Sequence[Any], at: str) -> list[float] | None:
-    """Weights of a recipe; none where the list is empty."""
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        raise RetainError(f"{at}: {list(values)!r} are not all numbers")
-    return [float(v) for v in values] or None
 
 
 def learned(bank: AdapterBank) -> dict[str, dict[str, Tensor]]:

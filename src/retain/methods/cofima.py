@@ -24,9 +24,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 import retain.methods._merging as merging
@@ -38,6 +39,7 @@ from retain.methods._parts import micro_batches, take, trained_names
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import RetainError
+from retain.values import Count, Share
 
 
 @register
@@ -51,22 +53,13 @@ class CoFiMA(Method):
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
     roles: ClassVar[Mapping[str, str]] = {"end_task": "rewrites"}
 
-    lam: float = 0.4
-    n_samples: int = 256
-    space: str = "deltas"
-    clip: float = 1.0
+    lam: Share = 0.4
+    n_samples: Count = 256
+    space: Literal["deltas", "factors"] = "deltas"
+    clip: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     before: dict[str, Tensor] = field(init=False, default_factory=dict)  # the adapter before the task
     fisher: dict[str, Tensor] = field(init=False, default_factory=dict)  # F_{t-1}, by the merged state's keys
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.lam <= 1 or not 0 < self.clip <= 1 or self.n_samples < 1:
-            told = f"{self.lam}, {self.clip} and {self.n_samples}"
-            raise RetainError(
-                f"cofima: lam in 0..1, clip in (0, 1] and n_samples >= 1 are needed, not {told}"
-            )
-        if self.space not in ("deltas", "factors"):
-            raise RetainError(f"cofima.space: {self.space!r} is none of ['deltas', 'factors']")
 
     def check(self, model: Model, stream: Stream) -> None:
         merging.check_sites(model.adapters, "cofima")

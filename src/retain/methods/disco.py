@@ -30,9 +30,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,7 +50,8 @@ from retain.methods._parts import (
 )
 from retain.models.base import Model
 from retain.stream import Stream
-from retain.types import Batch, Guide, RetainError
+from retain.types import Batch, Guide
+from retain.values import CountOrOff, Share
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,18 +123,14 @@ class Disco(Method):
     source: ClassVar[str] = "arXiv:2503.12897"
 
     tau: float = 0.9
-    eps: float = 0.05
-    image_weight: float = 0.0
-    token_samples: int = 0  # 0: the whole training set
+    eps: Annotated[float, Field(ge=1e-6)] = 0.05
+    image_weight: Share = 0.0
+    token_samples: CountOrOff = 0  # 0: the whole training set
 
     group_of: dict[str, str] = field(init=False, default_factory=dict)  # task -> adapter, in learning order
     image_mean: dict[str, Tensor] = field(init=False, default_factory=dict)  # adapter -> (F,)
     text_mean: dict[str, Tensor] = field(init=False, default_factory=dict)  # adapter -> (D,)
     count: dict[str, int] = field(init=False, default_factory=dict)  # adapter -> n
-
-    def __post_init__(self) -> None:
-        if self.eps <= 0 or not 0 <= self.image_weight <= 1 or self.token_samples < 0:
-            raise RetainError("disco: eps > 0, image_weight in 0..1 and token_samples >= 0 are needed")
 
     def check(self, model: Model, stream: Stream) -> None:
         check_language_only(model.adapters, self.name)

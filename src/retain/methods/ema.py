@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from retain.method import FULL_PARAMS, Context, Method, register
 from retain.methods._parts import as_shadow
-from retain.types import RetainError
 
 
 @register
@@ -32,13 +32,9 @@ class Ema(Method):
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
     roles: ClassVar[Mapping[str, str]] = {"after_step": "reads", "end_task": "settles"}
 
-    beta: float = 0.99
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.99
 
     shadow: dict[str, Tensor] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.beta < 1:
-            raise RetainError(f"ema.beta: must be in [0, 1), not {self.beta}")
 
     def begin_task(self, ctx: Context) -> None:
         self.shadow = {k: as_shadow(p) for k, p in ctx.model.adapters.trainable().items()}

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ from torch.nn import Parameter
 
 from retain.method import FULL_PARAMS, Context, Method, register
 from retain.methods._parts import as_shadow, micro_batches, take
-from retain.types import Batch, Output, RetainError
+from retain.types import Batch, Output
+from retain.values import Count, NotNegative
 
 
 class Springs(torch.autograd.Function):
@@ -69,20 +70,13 @@ class EWC(Method):
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
     roles: ClassVar[Mapping[str, str]] = {"end_task": "reads"}
 
-    lam: float = 5000.0
-    n_samples: int = 200
+    lam: NotNegative = 5000.0
+    n_samples: Count = 200
     per_sample: bool = True
-    anchors: str = "all"
+    anchors: Literal["single", "all"] = "all"
 
     fisher: dict[str, Tensor] = field(init=False, default_factory=dict)
     anchor: dict[str, Tensor] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.anchors not in ("single", "all"):
-            raise RetainError(f"ewc.anchors: {self.anchors!r} is none of ['single', 'all']")
-        if self.lam < 0 or self.n_samples < 1:
-            told = f"{self.lam} and {self.n_samples}"
-            raise RetainError(f"ewc: lam >= 0 and n_samples >= 1 are needed, not {told}")
 
     def begin_task(self, ctx: Context) -> None:
         for store in (self.fisher, self.anchor):

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from retain.methods._projection import Group, Sketch, guarded, project_grads, pr
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import RetainError
+from retain.values import Count, Share
 
 BIAS = "1"  # the basis of a bias: its input is the constant 1
 
@@ -101,21 +102,14 @@ class GPM(Method):
     needs: ClassVar[frozenset[str]] = frozenset({FULL_GRADS, FULL_PARAMS})
     roles: ClassVar[Mapping[str, str]] = {"grads": "writes", "after_step": "writes", "end_task": "reads"}
 
-    threshold: float = 0.95
-    n_samples: int = 125
-    n_tokens: int = 32
-    factors: str = "both"
+    threshold: Share = 0.95
+    n_samples: Count = 125
+    n_tokens: Count = 32
+    factors: Literal["both", "A"] = "both"
 
     memory: dict[str, Tensor] = field(init=False, default_factory=dict)  # adapter/site, adapter/site.lora_B
     leader: dict[str, str] = field(init=False, default_factory=dict)
     guards: list[Group] = field(init=False, default_factory=list)  # during a task
-
-    def __post_init__(self) -> None:
-        if self.factors not in ("both", "A"):
-            raise RetainError(f"gpm.factors: {self.factors!r} is none of ['both', 'A']")
-        if not 0 <= self.threshold <= 1 or self.n_samples < 1 or self.n_tokens < 1:
-            told = f"{self.threshold}, {self.n_samples} and {self.n_tokens}"
-            raise RetainError(f"gpm: threshold in 0..1, n_samples and n_tokens >= 1 are needed, not {told}")
 
     def check(self, model: Model, stream: Stream) -> None:
         if model.adapters.kind != "lora":

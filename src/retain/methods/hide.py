@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ from retain.methods._parts import (
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import Batch, Guide, RetainError, State
+from retain.values import CountOrOff, NotNegative, zero_or
 
 FUSED = "fused"
 
@@ -88,24 +89,17 @@ class Hide(Method):
     source: ClassVar[str] = "arXiv:2503.12941"
     roles: ClassVar[Mapping[str, str]] = {"end_task": "derives"}
 
-    top_k: int = 1
-    fusion: str = "factor_sum"
-    temperature: float = 0.1
-    image_weight: float = 0.5  # a
-    text_weight: float = 0.5  # b
+    top_k: CountOrOff = 1
+    fusion: Literal["factor_sum", "delta_sum"] = "factor_sum"
+    temperature: Annotated[float, zero_or(1e-6)] = 0.1
+    image_weight: NotNegative = 0.5  # a
+    text_weight: NotNegative = 0.5  # b
     coefficient: float = 1.0  # eps_i
-    anchor_samples: int = 0  # 0: the whole training set
+    anchor_samples: CountOrOff = 0  # 0: the whole training set
 
     adapter_of: dict[str, str] = field(init=False, default_factory=dict)  # task -> adapter, in learning order
     image_anchor: dict[str, Tensor] = field(init=False, default_factory=dict)  # adapter -> (F,)
     text_anchor: dict[str, Tensor] = field(init=False, default_factory=dict)  # adapter -> (D,)
-
-    def __post_init__(self) -> None:
-        if self.fusion not in ("factor_sum", "delta_sum"):
-            raise RetainError(f"hide.fusion: {self.fusion!r} is none of ['factor_sum', 'delta_sum']")
-        for key in ("top_k", "temperature", "image_weight", "text_weight", "anchor_samples"):
-            if getattr(self, key) < 0:
-                raise RetainError(f"hide.{key}: must not be negative, is {getattr(self, key)}")
 
     def check(self, model: Model, stream: Stream) -> None:
         if self.top_k > model.n_layers:

@@ -33,13 +33,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from retain.adapters.bank import Mix
 from retain.method import Context, Method, register
 from retain.methods._parts import one_of
 from retain.methods._stop_words import STOP_WORDS
-from retain.types import Batch, Example, RetainError
+from retain.types import Batch, Example
+from retain.values import Count
 
 
 def words(text: str) -> Counter[str]:
@@ -89,26 +90,13 @@ class InstructionGroups(Method):
     source: ClassVar[str] = "arXiv:2410.10868"
 
     threshold: float = 0.9
-    init: str = "fresh"
-    text: str = "last_line"
-    match: str = "mean"
-    limit: int = 32
+    init: Literal["fresh", "previous"] = "fresh"
+    text: Literal["last_line", "question", "format"] = "last_line"
+    match: Literal["mean", "max"] = "mean"
+    limit: Count = 32
 
     codebook: dict[str, list[str]] = field(init=False, default_factory=dict)  # adapter -> instructions
     group_of: dict[str, str] = field(init=False, default_factory=dict)  # task -> adapter
-
-    def __post_init__(self) -> None:
-        choices = {
-            "init": ("fresh", "previous"),
-            "text": ("last_line", "question", "format"),
-            "match": ("mean", "max"),
-        }
-        for key, options in choices.items():
-            if getattr(self, key) not in options:
-                told = f"{getattr(self, key)!r} is none of {list(options)}"
-                raise RetainError(f"instruction_groups.{key}: {told}")
-        if self.limit < 1:
-            raise RetainError(f"instruction_groups.limit: must be at least 1, not {self.limit}")
 
     def adapt(self, ctx: Context) -> Mix:
         bank = ctx.model.adapters

@@ -19,7 +19,7 @@ No paper's code is followed to the letter here; the methods that refine this fra
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ from retain.method import Context, Method, register
 from retain.methods._parts import check_guide, mean_features, one_of, own_adapter, similarity, take
 from retain.models.base import Model
 from retain.stream import Stream
-from retain.types import Batch, Guide, RetainError
+from retain.types import Batch, Guide
+from retain.values import Count, Share, zero_or
 
 
 @register
@@ -41,23 +42,15 @@ class LoraPerTask(Method):
     about: ClassVar[str] = "one LoRA per task, chosen per sample"
     source: ClassVar[str] = ""
 
-    init: str = "fresh"
-    router: str = "guide"
-    temperature: float = 0.0
-    image_weight: float = 0.5
-    anchor_samples: int = 1000  # drawn from the task's training set; a mean moves little after that
+    init: Literal["fresh", "previous"] = "fresh"
+    router: Literal["guide", "oracle", "last", "none"] = "guide"
+    temperature: Annotated[float, zero_or(1e-6)] = 0.0
+    image_weight: Share = 0.5
+    anchor_samples: Count = 1000  # drawn from the task's training set; a mean moves little after that
 
     adapter_of: dict[str, str] = field(init=False, default_factory=dict)  # task -> adapter, in learning order
     image_anchor: dict[str, Tensor] = field(init=False, default_factory=dict)  # adapter -> (F,)
     text_anchor: dict[str, Tensor] = field(init=False, default_factory=dict)  # adapter -> (D,)
-
-    def __post_init__(self) -> None:
-        options = {"init": ("fresh", "previous"), "router": ("guide", "oracle", "last", "none")}
-        for key, choices in options.items():
-            if getattr(self, key) not in choices:
-                raise RetainError(f"lora_per_task.{key}: {getattr(self, key)!r} is none of {list(choices)}")
-        if self.temperature < 0 or not 0 <= self.image_weight <= 1 or self.anchor_samples < 1:
-            raise RetainError("lora_per_task: temperature >= 0, image_weight in 0..1, anchor_samples >= 1")
 
     def owns(self, hook: str) -> list[str]:
         return [] if hook == "route" and self.router == "none" else super().owns(hook)

@@ -22,9 +22,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 import retain.methods._merging as merging
@@ -35,7 +36,8 @@ from retain.method import Context, Method, register
 from retain.methods._parts import micro_batches, own_adapter, take
 from retain.models.base import Model
 from retain.stream import Stream
-from retain.types import Example, RetainError
+from retain.types import Example
+from retain.values import Count, NotNegative, Positive
 
 
 @register
@@ -48,24 +50,15 @@ class LoraHub(Method):
     source: ClassVar[str] = "arXiv:2307.13269"
     roles: ClassVar[Mapping[str, str]] = {"end_task": "derives"}
 
-    steps: int = 40
-    shots: int = 5
-    l1: float = 0.05
-    box: float = 1.5
-    space: str = "factors"
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 40
+    shots: Count = 5
+    l1: NotNegative = 0.05
+    box: Positive = 1.5
+    space: Literal["factors", "deltas"] = "factors"
 
     adapter_of: dict[str, str] = field(init=False, default_factory=dict)  # task -> adapter, in learning order
     kept: dict[str, list[Example]] = field(init=False, default_factory=dict)  # task -> its shots
     weights: dict[str, float] = field(init=False, default_factory=dict)  # adapter -> the last weight found
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.shots < 1 or self.l1 < 0 or self.box <= 0:
-            raise RetainError(
-                "lorahub: steps and shots >= 1, l1 >= 0 and box > 0 are needed, "
-                f"not {self.steps}, {self.shots}, {self.l1} and {self.box}"
-            )
-        if self.space not in ("factors", "deltas"):
-            raise RetainError(f"lorahub.space: {self.space!r} is none of ['factors', 'deltas']")
 
     def check(self, model: Model, stream: Stream) -> None:
         merging.check_sites(model.adapters, "lorahub")

@@ -19,15 +19,17 @@ positions that predict the answer tokens. What LLaCA's own LwF row used is not k
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from retain.method import Context, Method, register
 from retain.methods._parts import renamed, trained_names
-from retain.types import Batch, Output, RetainError
+from retain.types import Batch, Output
+from retain.values import NotNegative
 
 
 def distillation(logits_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
@@ -47,15 +49,10 @@ class LwF(Method):
     source: ClassVar[str] = "arXiv:1606.09282"
     asks_before: ClassVar[bool] = True
 
-    weight: float = 1.0
-    temperature: float = 2.0
+    weight: NotNegative = 1.0
+    temperature: Annotated[float, Field(ge=1e-6)] = 2.0
 
     teacher: dict[str, str] = field(init=False, default_factory=dict)  # trained adapter -> its copy
-
-    def __post_init__(self) -> None:
-        if self.weight < 0 or self.temperature <= 0:
-            told = f"{self.weight} and {self.temperature}"
-            raise RetainError(f"lwf: weight >= 0 and temperature > 0 are needed, not {told}")
 
     def begin_task(self, ctx: Context) -> None:
         if not self.weight or not ctx.seen:

@@ -45,7 +45,7 @@ class MergeAfterTask(Method):
 
     def __post_init__(self) -> None:
         merging.check_merger(self.merger, self.params, "merge_after_task")
-        self.weights = merging.numbers(self.weights, "merge_after_task.weights") or []
+        self.weights = [float(w) for w in self.weights]
         if len(self.weights) not in (0, 2):
             raise RetainError(f"merge_after_task.weights: two (before, after), not {self.weights}")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -27,6 +27,7 @@ from retain.methods._parts import own_adapter
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import RetainError
+from retain.values import CountOrOff
 
 
 @register
@@ -42,18 +43,14 @@ class MergeTasks(Method):
     merger: str = "copa"
     params: dict[str, Any] = field(default_factory=dict)
     weights: list[float] = field(default_factory=list)
-    keep: str = "cat"
-    rank: int = 0
+    keep: Literal["cat", "svd"] = "cat"
+    rank: CountOrOff = 0
 
     adapter_of: dict[str, str] = field(init=False, default_factory=dict)  # task -> adapter, in learning order
 
     def __post_init__(self) -> None:
         merging.check_merger(self.merger, self.params, "merge_tasks")
-        self.weights = merging.numbers(self.weights, "merge_tasks.weights") or []
-        if self.keep not in ("cat", "svd"):
-            raise RetainError(f"merge_tasks.keep: {self.keep!r} is none of ['cat', 'svd']")
-        if self.rank < 0:
-            raise RetainError(f"merge_tasks.rank: must not be negative, is {self.rank}")
+        self.weights = [float(w) for w in self.weights]
 
     def check(self, model: Model, stream: Stream) -> None:
         merging.check_sites(model.adapters, "merge_tasks")

@@ -44,7 +44,8 @@ from retain.adapters.prompt import SITE, prompts_of
 from retain.method import Context, Method, register
 from retain.methods._parts import own_adapter
 from retain.models.base import Model
-from retain.types import Batch, Guide, Output, RetainError
+from retain.types import Batch, Guide, Output
+from retain.values import NotNegative, Share
 
 
 def prototype(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -96,15 +97,11 @@ class ModalPrompt(Method):
     kinds: ClassVar[tuple[str, ...]] = ("prompt",)
     roles: ClassVar[Mapping[str, str]] = {"end_task": "reads"}
 
-    image_weight: float = 0.5  # lam
-    prototype_weight: float = 1.0
+    image_weight: Share = 0.5  # lam
+    prototype_weight: NotNegative = 1.0
 
     prompt_of: dict[str, str] = field(init=False, default_factory=dict)  # task -> adapter, in learning order
     prototypes: dict[str, Tensor] = field(init=False, default_factory=dict)  # of the learned prompts, fp32
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.image_weight <= 1 or self.prototype_weight < 0:
-            raise RetainError("modal_prompt: image_weight in 0..1 and prototype_weight >= 0 are needed")
 
     def adapt(self, ctx: Context) -> Mix:
         self.prompt_of = own_adapter(ctx, self.prompt_of, "modal_prompt")

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ from retain.methods._parts import take
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import RetainError
+from retain.values import Count, CountOrOff, Share
 
 OWN = "lora"
 
@@ -64,26 +65,16 @@ class ModelTailor(Method):
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
     roles: ClassVar[Mapping[str, str]] = {"end_task": "rewrites"}
 
-    sparsity: float = 0.9
-    sensitivity: str = "obs"
+    sparsity: Share = 0.9
+    sensitivity: Literal["obs", "code"] = "obs"
     decorate: bool = True
-    sign: int = -1
-    samples: int = 128
-    rank: int = 0
-    projector: str = "patch"
+    sign: Literal[-1, 1] = -1
+    samples: Count = 128
+    rank: CountOrOff = 0
+    projector: Literal["patch", "restore"] = "patch"
 
     patch: list[str] = field(init=False, default_factory=list)  # the adapters that hold the correction
     before: dict[str, Tensor] = field(init=False, default_factory=dict)  # the LoRA's change before the task
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.sparsity <= 1 or self.samples < 1 or self.rank < 0 or self.sign not in (-1, 1):
-            raise RetainError(
-                "model_tailor: sparsity in 0..1, samples >= 1, rank >= 0 and sign -1 or 1 are needed, "
-                f"not {self.sparsity}, {self.samples}, {self.rank} and {self.sign}"
-            )
-        for key, choices in (("sensitivity", ("obs", "code")), ("projector", ("patch", "restore"))):
-            if getattr(self, key) not in choices:
-                raise RetainError(f"model_tailor.{key}: {getattr(self, key)!r} is none of {list(choices)}")
 
     def check(self, model: Model, stream: Stream) -> None:
         merging.check_sites(model.adapters, "model_tailor")

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ from torch import Tensor
 from retain.adapters.bank import AdapterBank, Mix
 from retain.method import FULL_PARAMS, Context, Method, register
 from retain.methods._parts import own_adapter
-from retain.types import Batch, Output, RetainError
+from retain.types import Batch, Output
+from retain.values import NotNegative
 
 
 def overlap(A_GrD: Tensor, old_GRD: Tensor) -> Tensor:
@@ -68,21 +69,14 @@ class OLora(Method):
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
     roles: ClassVar[Mapping[str, str]] = {"end_task": "derives"}
 
-    weight: float = 0.5
-    l2_weight: float = 0.0
-    forward: str = "all"
+    weight: NotNegative = 0.5
+    l2_weight: NotNegative = 0.0
+    forward: Literal["all", "current"] = "all"
 
     adapter_of: dict[str, str] = field(init=False, default_factory=dict)  # task -> adapter, in learning order
     old: list[Tensor] = field(
         init=False, default_factory=list
     )  # during a task: the old A by shape, (G, R, D)
-
-    def __post_init__(self) -> None:
-        if self.forward not in ("all", "current"):
-            raise RetainError(f"o_lora.forward: {self.forward!r} is none of ['all', 'current']")
-        if self.weight < 0 or self.l2_weight < 0:
-            told = f"{self.weight} and {self.l2_weight}"
-            raise RetainError(f"o_lora: weight >= 0 and l2_weight >= 0 are needed, not {told}")
 
     def adapt(self, ctx: Context) -> Mix:
         self.adapter_of = own_adapter(ctx, self.adapter_of, "o_lora")

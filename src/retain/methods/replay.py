@@ -15,13 +15,15 @@ examples are seen less often. `size: 0` is off, bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from retain.method import Context, Method, register
 from retain.methods._parts import take
-from retain.types import Example, Examples, RetainError
+from retain.types import Example, Examples
+from retain.values import CountOrOff
 
 
 def n_replayed(n_new: int, n_buffer: int, ratio: float) -> int:
@@ -46,19 +48,12 @@ class Replay(Method):
     about: ClassVar[str] = "old examples are trained on again"
     source: ClassVar[str] = "arXiv:2403.08350"
 
-    size: int = 200
-    strategy: str = "reservoir"
-    ratio: float = 0.0
+    size: CountOrOff = 200
+    strategy: Literal["reservoir", "per_task"] = "reservoir"
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     buffer: list[Example] = field(init=False, default_factory=list)
     n_met: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        if self.strategy not in ("reservoir", "per_task"):
-            raise RetainError(f"replay.strategy: {self.strategy!r} is none of ['reservoir', 'per_task']")
-        if self.size < 0 or not 0 <= self.ratio < 1:
-            told = f"{self.size} and {self.ratio}"
-            raise RetainError(f"replay: size >= 0 and ratio in [0, 1) are needed, not {told}")
 
     def data(self, ctx: Context, examples: Examples) -> Examples:
         if not self.size or not self.buffer:

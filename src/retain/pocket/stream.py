@@ -14,15 +14,17 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.random import Generator
+from pydantic import Field
 
 from retain.metrics.scores import score
 from retain.pocket import pictures as pic
 from retain.stream import Stream, Task
 from retain.types import Example, Message, RetainError
+from retain.values import Seed
 
 ORDER = ("captions", "boxes", "charts", "icons", "garments", "counting", "digits", "distortion")
 """Default order of the tasks."""
@@ -198,6 +200,9 @@ def captions(rng: Generator, part: pic.Part) -> Draw:
     return Draw(canvas, "Describe the picture.", caption, plain=plain)
 
 
+Pictures = Annotated[int, Field(ge=0, le=100_000)]
+"""How many examples of a split: they are drawn one by one and kept in memory, 7 kB each."""
+
 MAKERS: dict[str, tuple[Callable[[Generator, pic.Part], Draw], str, int]] = {
     "garments": (garments, "exact", 3), "digits": (digits, "exact", 3), "icons": (icons, "exact", 3),
     "words": (words, "exact", 3), "counting": (counting, "exact", 3), "boxes": (boxes, "iou", 6),
@@ -246,11 +251,13 @@ def task(name: str, seed: int = 0, n_train: int = 1280, n_valid: int = 100, n_te
 
 
 def pocket(
-    seed: int = 0,
-    n_train: int = 1280,
-    n_test: int = 64,
-    order: Sequence[str] | None = None,
-    n_valid: int = 100,
+    seed: Seed = 0,
+    n_train: Pictures = 1280,
+    n_test: Pictures = 64,
+    order: Annotated[Sequence[str], Field(min_length=1)] | None = None,
+    n_valid: Pictures = 100,
 ) -> Stream:
     """The pocket stream of eight tasks (or those named in `order`), the same on every machine for a seed."""
-    return Stream("pocket", tuple(task(n, seed, n_train, n_valid, n_test) for n in order or ORDER))
+    return Stream(
+        "pocket", tuple(task(n, seed, n_train, n_valid, n_test) for n in (ORDER if order is None else order))
+    )

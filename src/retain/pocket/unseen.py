@@ -7,21 +7,25 @@ merge answers unseen ones better than the base model. Order matters to nothing b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
-from retain.pocket.stream import task
+from pydantic import Field
+
+from retain.pocket.stream import Pictures, task
 from retain.stream import Stream
+from retain.values import Seed
 
 SEEN = ("captions", "boxes", "charts", "garments", "counting", "distortion")
 UNSEEN = ("icons", "digits")
 
 
 def pocket_merge(
-    seed: int = 0,
-    n_train: int = 1280,
-    n_test: int = 64,
-    seen: Sequence[str] = SEEN,
+    seed: Seed = 0,
+    n_train: Pictures = 1280,
+    n_test: Pictures = 64,
+    seen: Annotated[Sequence[str], Field(min_length=1)] = SEEN,
     unseen: Sequence[str] = UNSEEN,
-    n_valid: int = 100,
+    n_valid: Pictures = 100,
 ) -> Stream:
     """Tasks to tune on, each alone, and tasks that are only evaluated; the same examples as the pocket stream."""
     tasks, others = (

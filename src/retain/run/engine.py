@@ -23,16 +23,18 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from pydantic import AfterValidator
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from retain.method import FULL_GRADS, FULL_PARAMS, Method
 from retain.types import RetainError
+from retain.values import check
 
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others, at the start and wherever they meet. A dead one is noticed at once."""
@@ -46,6 +48,40 @@ OFFERS = {
     "ddp": frozenset({FULL_GRADS, FULL_PARAMS}),
     **dict.fromkeys(SHARDED, frozenset[str]()),
 }
+
+
+def _kind_of_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?", name):
+        raise ValueError("is none of ['auto', 'cpu', 'cuda', 'cuda:0', 'mps', 'xpu']")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_kind_of_device)]
+"""What `model.device` may be: auto (a CUDA device where there is one), or a kind that torch may have here."""
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name; RetainError where this machine has none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check(Device, name, "model.device")
+    kind, _, number = name.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    n = there.get(kind, int(getattr(torch, kind).is_available()) if hasattr(torch, kind) else 0)
+    if int(number or 0) >= n:
+        has = [k for k, many in there.items() if many]
+        raise RetainError(
+            f"model.device: {name!r}: this machine has {n} such devices; it has {has}; write auto"
+        )
+    return torch.device(name)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch or a driver had no memory left: torch says so of the CPU with a bare RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in words)
 
 
 @dataclass
@@ -69,8 +105,7 @@ class Engine:
             if os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "false").lower() in {"1", "true"}:
                 return Engine(kind, _from_environment("RANK", 0), world)
         if world == 1:
-            chosen = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-            return Engine(device=torch.device(chosen))
+            return Engine(device=device_of(device))
         cpu = device == "cpu" or not torch.cuda.is_available()
         if not dist.is_initialized():  # else a script of the user's own opened it, and closes it
             _open("gloo" if cpu else "nccl", patience)

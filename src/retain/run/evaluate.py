@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,9 +25,11 @@ from retain.models.base import Model
 from retain.run import records
 from retain.run.engine import Engine, autocast
 from retain.stream import Task
-from retain.types import RetainError, digest
+from retain.types import digest
+from retain.values import CountOrOff, Size, ranged
 
 
+@ranged("eval")
 @dataclass(frozen=True)
 class EvalOptions:
     """How cells are evaluated. `batch_size` changes speed, not answers.
@@ -35,20 +37,10 @@ class EvalOptions:
     `split`: `test`, or `valid` for choosing a hyper-parameter (never choose on `test`).
     """
 
-    batch_size: int = 64
-    precision: str = "fp32"
-    thumbnails: int = 100
-    split: str = "test"
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise RetainError(f"eval.batch_size: must be at least 1, not {self.batch_size}")
-        if self.precision not in ("fp32", "bf16"):
-            raise RetainError(f"eval.precision: {self.precision!r} is none of ['fp32', 'bf16']")
-        if self.split not in ("test", "valid"):
-            raise RetainError(f"eval.split: {self.split!r} is none of ['test', 'valid']")
-        if self.thumbnails < 0:
-            raise RetainError(f"eval.thumbnails: must not be negative, is {self.thumbnails}")
+    batch_size: Size = 64
+    precision: Literal["fp32", "bf16"] = "fp32"
+    thumbnails: CountOrOff = 100
+    split: Literal["test", "valid"] = "test"
 
 
 @dataclass(frozen=True)

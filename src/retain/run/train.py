@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from retain.adapters.bank import AdapterBank, Mix
@@ -28,9 +29,13 @@ from retain.models.base import Model, Turns
 from retain.run.engine import Engine, autocast, peak_memory
 from retain.run.sound import Watchman, is_of, wrong_kinds
 from retain.types import Batch, Examples, RetainError, digest
-from retain.values import LATER, written
+from retain.values import LATER, Count, CountOrOff, NotNegative, Positive, Share, Size, ranged, written
+
+MOST_SAMPLES = 100_000_000
+"""Samples of one task, repeats counted: their order is decided before the first step, in memory."""
 
 
+@ranged("optim")
 @dataclass(frozen=True)
 class Optim:
     """How one task is trained: AdamW with linear warm-up and a cosine (or constant) learning rate.
@@ -41,49 +46,45 @@ class Optim:
     step has learning rate 0, unless it is the only one.
     """
 
-    lr: float = 2e-4
-    projector_lr: float | None = None
-    steps: int | None = None
-    epochs: float = 1.0
-    batch_size: int = 16
-    accumulate: int = 1
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    max_grad_norm: float = 0.0
-    precision: str = "fp32"
+    lr: Positive = 2e-4
+    projector_lr: NotNegative | None = None
+    steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
+    batch_size: Size = 16
+    accumulate: Size = 1
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Share = 0.03
+    weight_decay: NotNegative = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    max_grad_norm: NotNegative = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
     grad_checkpointing: bool = False
     group_by_length: bool = True
-    checkpoint_every: int = 0
-    log_every: int = 10
+    checkpoint_every: CountOrOff = 0
+    log_every: Count = 10
     turns: Turns = field(
         default="all", metadata=LATER
     )  # of a conversation every assistant turn is learned, or the last
 
     def __post_init__(self) -> None:
-        for name in ("lr", "epochs", "batch_size", "accumulate", "log_every"):
-            if not getattr(self, name) > 0:
-                raise RetainError(f"optim.{name}: must be above 0, not {getattr(self, name)!r}")
-        for name in ("projector_lr", "steps", "weight_decay", "max_grad_norm", "warmup", "checkpoint_every"):
-            if (getattr(self, name) or 0) < 0:
-                raise RetainError(f"optim.{name}: must not be negative, is {getattr(self, name)!r}")
         if self.batch_size % self.accumulate:
             raise RetainError(
                 f"optim.accumulate: {self.accumulate} does not divide batch_size {self.batch_size}"
             )
-        for name, choices in (
-            ("schedule", ("cosine", "constant")),
-            ("precision", ("fp32", "bf16")),
-            ("turns", ("all", "last")),
-        ):
-            if getattr(self, name) not in choices:
-                raise RetainError(f"optim.{name}: {getattr(self, name)!r} is none of {list(choices)}")
+        self.n_steps(0)
 
     def n_steps(self, n_examples: int) -> int:
-        """Optimizer steps for a task of that many examples."""
-        return self.steps if self.steps is not None else math.ceil(n_examples * self.epochs / self.batch_size)
+        """Optimizer steps for a task of that many examples. RetainError for more than `MOST_SAMPLES` in all."""
+        if (self.steps or 0) * self.batch_size > MOST_SAMPLES:
+            key, told = "steps", f"{self.steps:,} steps of {self.batch_size:,}"
+        elif self.steps is None and n_examples * self.epochs > MOST_SAMPLES:
+            key, told = "epochs", f"{self.epochs:g} epochs of {n_examples:,}"
+        else:
+            return self.steps or math.ceil(n_examples * self.epochs / self.batch_size)
+        raise RetainError(
+            f"optim.{key}: {told} samples are more than the {MOST_SAMPLES:,} that a task may take"
+        )
 
     def rate(self, step: int, n_steps: int) -> float:
         """The factor on the learning rate at a step, counted from 0."""
