@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ from transformers.utils.chat_template_utils import _get_control_token_patterns, 
 from retain.data.picture import opened
 from retain.models.cache import ByteLRU
 from retain.models.family import Family
+from retain.models.template import looked_at
 from retain.types import Example, ImageSource, Message, RetainError
 
 Square = Literal["crop", "pad"]
@@ -94,6 +96,9 @@ class Encoder:
         self.family = family or Family("?", "", "", ())
         self.told = own_template(processor)
         self.template: str = self.told or self.family.template
+        small = (Message("user", "What?"), Message("assistant", "Yes"))
+        for turns, generate in ((small[:1], True), (small, False)):
+            looked_at(self.template, partial(self._templated, self.content(turns), generate))
         self.image_token = placeholder(processor, image_token_id)
         self.pixels: ByteLRU[Mapping[str, Tensor]] = ByteLRU(budget)
         self._control, _ = _get_control_token_patterns(self.tokenizer._get_control_tokens(self.template))
