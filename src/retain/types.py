@@ -79,6 +79,13 @@ class Example:
     images: tuple[ImageSource, ...] = ()
     references: tuple[str, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+    source: tuple[str, int] = ("", 0)  # the file and row that it was read from, for messages alone
+
+    @property
+    def told(self) -> str:
+        """What a message calls it: its id, and the file and row that it came from."""
+        file, row = self.source
+        return f"example {self.id!r}" + (f" ({file}, row {row})" if file else "")
 
     @property
     def question(self) -> str:
@@ -123,7 +130,7 @@ def digest(value: Any) -> str:
             try:
                 eat([v.id, turns, list(v.images), list(v.references)])
             except RetainError as error:
-                raise RetainError(f"example {v.id!r}: {error}") from error
+                raise RetainError(f"{v.told}: {error}") from error
         elif isinstance(v, np.ndarray):
             h.update(str((v.shape, str(v.dtype))).encode() + np.ascontiguousarray(v).tobytes())
         elif isinstance(v, PILImage.Image):

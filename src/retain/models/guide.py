@@ -83,7 +83,9 @@ class Guider:
             if found is None:
                 clip = self._loaded()
                 found = unit(
-                    clip.image(open_image(ref.source, example.id)) if clip else self._pooled(example, ref.key)
+                    clip.image(open_image(ref.source, example.told))
+                    if clip
+                    else self._pooled(example, ref.key)
                 )
                 self._kept.put(key, found)
             each.append(found)
