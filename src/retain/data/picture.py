@@ -61,6 +61,9 @@ OTHERS = {"MPO", None}
 WIDE = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
 """Pillow's modes of more than 8 bits, all of one channel."""
 
+TAIL = 1 << 10
+"""Bytes at the end of a file in which its last marker is looked for: programs write words behind it."""
+
 TURNS = {
     2: PILImage.Transpose.FLIP_LEFT_RIGHT,
     3: PILImage.Transpose.ROTATE_180,
@@ -135,6 +138,24 @@ def looked_at(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[PILIm
     _allowed.add(max_pixels)
     image.info[RAW] = _raw_mode(image)  # others may load it before it is shown
     return image, ""
+
+
+def ends(path: Path) -> bool:
+    """Whether a PNG or JPEG file has its end: a copy or a download that was cut off has not. True of other formats."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            file.seek(max(0, path.stat().st_size - TAIL))
+            tail = file.read(TAIL)
+    except OSError:
+        return False
+    return (
+        (b"IEND" in tail)
+        if head[1:4] == b"PNG"
+        else (b"\xff\xd9" in tail)
+        if head[:2] == b"\xff\xd8"
+        else True
+    )
 
 
 def frames(source: ImageSource) -> int:

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import normpath
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from retain.data.kept import Kept
 from retain.data.picture import MAX_PIXELS, WHERE, looked_at
 from retain.types import Example, ImageSource, Message, RetainError, Role
 
@@ -41,17 +42,21 @@ class _File:
     root: Path
     max_pixels: int
     checked: dict[Path, str] = field(default_factory=dict)  # path -> what is wrong with it, "" for nothing
+    known: dict[str, Path] = field(default_factory=dict)  # as rows write it -> an image that is fine
 
 
-def examples(path: Path, image_root: Path | None = None, *, max_pixels: int = MAX_PIXELS) -> list[Example]:
-    """All rows of a file. `image_root` defaults to the file's own folder; ids default to the row number."""
+def examples(path: Path, image_root: Path | None = None, *, max_pixels: int = MAX_PIXELS) -> Kept:
+    """All rows of a file, read and checked once, and kept small (`retain.data.kept`). `image_root` defaults to the file's own folder; ids default to the row number."""
     if not path.is_file():
         raise RetainError(f"{path}: no such file")
     root = image_root or path.parent
     if not root.is_dir():
         raise RetainError(f"{path}: the image root {str(root)!r} is no folder")
     file = _File(path, root.absolute(), max_pixels)
-    return [_example(row, number, file) for number, row in rows(path)]
+    kept = Kept(str(path))
+    for number, row in rows(path):
+        kept.add(_example(row, number, file))
+    return kept
 
 
 # -- rows ------------------------------------------------------------------------------------------------
@@ -62,21 +67,109 @@ def rows(path: Path) -> Iterator[tuple[int, Row]]:
     if path.suffix == ".parquet":
         yield from _parquet(path)
         return
-    text = _text(path)
-    if text.lstrip()[:1] == "[":
-        items = _json(text, f"{path}")
-        yield from ((i, _row(item, path, i)) for i, item in enumerate(items, 1))
+    if _starts(path) == "[":
+        yield from ((i, _row(item, path, i)) for i, item in enumerate(_items(path), 1))
         return
     number = 0
-    for line_number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
+    for line_number, line in enumerate(_pieces(path, MAX_LINE + 2), 1):
+        if line.isspace():
             continue
         number += 1
-        if len(line) > MAX_LINE:
+        if len(line.removesuffix("\n")) > MAX_LINE:
             raise RetainError(
                 f"{path}, row {number} (line {line_number}): longer than {MAX_LINE:,} characters"
             )
         yield number, _row(_json(line, f"{path}, row {number} (line {line_number})"), path, number)
+
+
+def _starts(path: Path) -> str:
+    """The first character that is no blank."""
+    return next((found[0] for piece in _pieces(path, 1 << 16) if (found := piece.lstrip())), "")
+
+
+def _pieces(path: Path, size: int) -> Iterator[str]:
+    """The lines of a text file, longer ones in pieces: a file is never held whole."""
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            yield from iter(lambda: file.readline(size), "")
+        except UnicodeDecodeError:
+            _text(path)  # says where in the file
+            raise
+
+
+def _items(path: Path) -> Iterator[Any]:
+    """The values of a JSON list, each read when it is asked for; what is no such list is read whole, and told."""
+    count = 0
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            for item in _List(file):
+                yield item
+                count += 1
+            return
+        except (ValueError, RecursionError):  # broken JSON, or bytes that are no text
+            pass
+    yield from _json(_text(path), f"{path}")[count:]
+
+
+@dataclass
+class _List:
+    """The values of a JSON list in an open file; a ValueError for what is none."""
+
+    file: IO[str]
+    text: str = ""  # what was read, and where in it the next value begins
+    at: int = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._take("[")
+        if self._next() == "]":
+            self._take("]")
+        else:
+            while True:
+                yield self._value()
+                if self._take(",]") == "]":
+                    break
+        self._take("")
+
+    def _value(self) -> Any:
+        self._next()
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.at)
+                if end < len(self.text):  # a number may go on behind
+                    self.at = end
+                    return value
+            except (ValueError, RecursionError):  # it may only be cut
+                if not self._more(len(self.text)):
+                    raise
+                continue
+            if not self._more(len(self.text)):
+                raise ValueError("the list has no end")
+
+    def _take(self, wanted: str) -> str:
+        found = self._next()
+        if found not in wanted or bool(found) != bool(wanted):
+            raise ValueError(f"{found!r} instead of {wanted!r}")
+        self.at += 1
+        return found
+
+    def _next(self) -> str:
+        """The next character that is no blank; "" at the end of the file."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\n\r":
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._more(0):
+                return ""
+
+    def _more(self, n: int) -> bool:
+        """Read on, `n` characters or a million."""
+        more = self.file.read(max(n, 1 << 20))
+        self.text, self.at = self.text[self.at :] + more, 0
+        return bool(more)
+
+
+DECODER = json.JSONDecoder()
 
 
 def _text(path: Path) -> str:
@@ -101,9 +194,24 @@ def _json(text: str, where: str) -> Any:
 def _row(item: Any, path: Path, number: int) -> Row:
     if not isinstance(item, dict):
         raise RetainError(f"{path}, row {number}: an object of fields is needed, not {_show(item)}")
-    if wrong := _unfit(item):
-        raise RetainError(f"{path}, row {number}, {wrong}")
+    if not _fit(item):
+        raise RetainError(f"{path}, row {number}, {_unfit(item)}")
     return item
+
+
+def _fit(value: Any, deeper: int = 0) -> bool:
+    """Whether nothing in a value is unfit (`_unfit` says what); every row passes here."""
+    if isinstance(value, str):
+        return (value.isascii() and "\0" not in value) or not _BROKEN.search(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return -LARGE < value < LARGE
+    if isinstance(value, Mapping):
+        return deeper <= DEEP and all([_fit(str(k)) and _fit(v, deeper + 1) for k, v in value.items()])
+    if isinstance(value, list | tuple):
+        return deeper <= DEEP and all([_fit(v, deeper + 1) for v in value])
+    return True
 
 
 def _unfit(row: Any) -> str:
@@ -358,7 +466,7 @@ def _width(value: Any, at: str) -> float:
 def _numbers(value: Any, count: int, at: str) -> list[float]:
     """A list of numbers, or its text: CoIN stores boxes as "[x1,y1,x2,y2]"."""
     found = _json(value, at) if isinstance(value, str) else value
-    fits = isinstance(found, list) and len(found) == count and not _unfit(found)
+    fits = isinstance(found, list) and len(found) == count and _fit(found)
     if not fits or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in found):
         raise RetainError(f"{at}: {count} numbers are needed, not {_show(value)}")
     return [float(v) for v in found]
@@ -419,6 +527,8 @@ def _image(value: Any, at: str, file: _File) -> ImageSource:
         return image
     if isinstance(value, Mapping):
         value = value.get("path")
+    if isinstance(value, str) and value in file.known:
+        return file.known[value]
     name = _str(value, at)
     if not name.strip():
         raise RetainError(f"{at}: the image's path is empty")
@@ -429,6 +539,7 @@ def _image(value: Any, at: str, file: _File) -> ImageSource:
         file.checked[path] = _wrong_path(path, file.max_pixels)
     if file.checked[path]:
         raise RetainError(f"{at}: {name!r}: {file.checked[path]}")
+    file.known[name] = path
     return path
 
 

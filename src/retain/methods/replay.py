@@ -21,7 +21,7 @@ import torch
 
 from retain.method import Context, Method, register
 from retain.methods._parts import take
-from retain.types import Example, Examples, RetainError
+from retain.types import Example, Examples, RetainError, joined
 
 
 def n_replayed(n_new: int, n_buffer: int, ratio: float) -> int:
@@ -67,7 +67,7 @@ class Replay(Method):
         rows: list[int] = []
         while len(rows) < n:
             rows += take(len(self.buffer), n - len(rows), rng)
-        return [*examples, *(self.buffer[i] for i in rows)]
+        return joined(examples, [self.buffer[i] for i in rows])
 
     def end_task(self, ctx: Context) -> None:
         if not self.size:

@@ -208,6 +208,10 @@ class Encoder:
         """
         return self._tokens(text, self.adds_bos(text))
 
+    def tokens(self, text: str) -> tuple[int, ...]:
+        """Token ids of a piece of text, nothing around it."""
+        return self._tokens(text, False)
+
     def adds_bos(self, text: str) -> bool:
         """Whether the stock call puts special tokens around a rendered conversation."""
         bos = self.tokenizer.bos_token
@@ -387,9 +391,10 @@ class Encoder:
                 f"{example.told}: the model takes text only, and it has {len(example.images)} images"
             )
         several = len(example.images) > 1 and self.family.together
-        return [self._refer(source, example.told, several) for source in example.images]
+        return [self.reference(source, example.told, several) for source in example.images]
 
-    def _refer(self, source: ImageSource, told: str, several: bool) -> tuple[ImageRef, str]:
+    def reference(self, source: ImageSource, told: str, several: bool) -> tuple[ImageRef, str]:
+        """An image, and the words that stand for it; `several`: it is shown beside others, where that matters."""
         image = self.opened(source, told)
         key = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:24]
         key += SEVERAL if several else ""

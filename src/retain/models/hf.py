@@ -33,12 +33,13 @@ from retain.models.base import Turns
 from retain.models.cache import ByteLRU
 from retain.models.encode import Encoder, ImageRef, Square
 from retain.models.family import Family, family_of
+from retain.models.fits import Sieve
 from retain.models.generate import greedy, next_logits
 from retain.models.guard import check
 from retain.models.guide import Guider, GuideSource, prototype_width
 from retain.models.head import Head
 from retain.models.load import copy_processor, eos_ids, load_pretrained
-from retain.types import Batch, Example, Guide, Output, RetainError, digest
+from retain.types import Batch, Example, Examples, Guide, Lazy, Output, RetainError, digest
 
 Precision = Literal["fp32", "bf16"]
 CHUNKS = (32, 8)  # images per tower call, where they give the same bits as each other; else one by one
@@ -172,6 +173,10 @@ class HFModel:
     def length(self, example: Example) -> int:
         """Tokens of prompt and answer, image tokens included."""
         return len(self.encode(example))
+
+    def suspects(self, examples: Examples) -> Iterable[int]:
+        """Rows, from 0, that have to be encoded to know whether all fit: of a file's rows few (`retain.models.fits`)."""
+        return Sieve(self.encode).suspects(examples) if isinstance(examples, Lazy) else range(len(examples))
 
     def collate(self, examples: Sequence[Example], *, answers: bool, turns: Turns = "all") -> Batch:
         """On the CPU. With answers: padded right, labels on answer tokens and EOS. Without: padded left.
