@@ -26,7 +26,7 @@ def run_ours(
     model, of = common.ours(base, processor, size, dropout, how.precision), common.task(size)
     losses: list[float] = []
     ctx = common.context(model, of, lambda **row: losses.extend(row.get("losses", ())))
-    batches(model, of.train, ctx, how, size.steps)  # tokenises
+    list(batches(model, of.train, ctx, how, size.steps))  # tokenises
     if warm:
         for i in range(0, len(of.train), 64):
             model.tower_features(model.collate(of.train[i : i + 64], answers=True))

@@ -310,7 +310,7 @@ def test_a_decompression_bomb_is_refused_unopened(root: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('[{"id": 1},', ["broken JSON", "column"]),
+        ('[{"text": "x", "answer": "y"},', ["broken JSON", "column"]),
         ('{"text": "x", "answer": "y"}\n{"text": \n', ["row 2 (line 2)", "broken JSON"]),
         ("hello", ["row 1", "broken JSON"]),
         ("[1]", ["row 1", "an object"]),

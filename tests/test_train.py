@@ -194,7 +194,7 @@ def rows(seed: int = 0, n: int = 50, **optim: object) -> list[list[int]]:
     ctx = Context(m, fake_stream()[0], fake_stream(), [], seed)
     examples = fake_stream(n)[0].train
     o = Optim(batch_size=8, **optim)  # type: ignore[arg-type]
-    return batches(m, examples, ctx, o, o.n_steps(n))
+    return list(batches(m, examples, ctx, o, o.n_steps(n)))
 
 
 @pytest.mark.parametrize("grouped", [True, False])

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
-from retain.types import Example, Examples, RetainError, digest
+from retain.types import Counted, Example, Examples, Lazy, RetainError, digest
 
 PLAIN = (str, int, float, bool, list, tuple, dict, set, frozenset, type(None))
 """Values of a scorer's own attributes that count as its parameters."""
@@ -52,16 +52,19 @@ class Task:
     about: str = ""
     meta: dict[str, object] = field(default_factory=dict)
 
-    def digest(self) -> str:
+    def digest(self, data: str | None = None) -> str:
         """Hash of everything that decides a score: the data, all that a scorer reads of a test example (references,
         box, options, tolerance, …), and both scorers with their rules and parameters.
+
+        `data` is `data_digest()` where it is known already.
         """
-        key = [[list(e.targets), dict(e.meta)] for e in self.test]
-        return digest([self.data_digest(), key, _scorer(self.score), _scorer(self.compat)])
+        key = Counted(len(self.test), ([list(e.targets), dict(e.meta)] for e in self.test))
+        return digest([data or self.data_digest(), key, _scorer(self.score), _scorer(self.compat)])
 
     def data_digest(self) -> str:
         """Hash of what the answers depend on: train and test examples, length, and the scorer's name."""
-        return digest([self.name, list(self.train), list(self.test), self.score.name, self.max_new_tokens])
+        parts = [e if isinstance(e, Lazy) else list(e) for e in (self.train, self.test)]
+        return digest([self.name, *parts, self.score.name, self.max_new_tokens])
 
 
 def _scorer(score: Score | None) -> list[object]:

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import stat
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
+from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -79,6 +85,13 @@ class Example:
     images: tuple[ImageSource, ...] = ()
     references: tuple[str, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+    source: tuple[str, int] = ("", 0)  # the file and row that it was read from, for messages alone
+
+    @property
+    def told(self) -> str:
+        """What a message calls it: its id, and the file and row that it came from."""
+        file, row = self.source
+        return f"example {self.id!r}" + (f" ({file}, row {row})" if file else "")
 
     @property
     def question(self) -> str:
@@ -104,10 +117,120 @@ class Example:
 
 Examples = Sequence[Example]
 
+Turn = tuple[str, str, int, tuple[int, ...]]
+"""A message as plain data: role, text, images, at."""
+
+
+class Plain(NamedTuple):
+    """What the model sees of an example, as plain data: a hundred thousand of them are looked through in a second.
+
+    `images` are paths as text, or the sources themselves where they are none.
+    """
+
+    id: str
+    turns: Sequence[Turn]
+    images: Sequence[Any]
+    references: Sequence[str]
+
+    @property
+    def answers(self) -> int:
+        """How many turns of the assistant there are."""
+        return sum(turn[0] == "assistant" for turn in self.turns)
+
+
+class Lazy(Sequence[Example]):
+    """Examples that are made when they are asked for, so that a file of any length costs little memory.
+
+    Two that were asked for at different times may be two objects. `plain` gives all of them without making any.
+    """
+
+    @abstractmethod
+    def plain(self) -> Iterator[Plain]:
+        """All of them in order, as plain data."""
+
+    @property
+    def answers(self) -> int:
+        """The most turns of the assistant that an example has."""
+        return max((row.answers for row in self.plain()), default=0)
+
+    @cached_property
+    def lengths(self) -> dict[Any, Sequence[int]]:
+        """Tokens of every row, by what counted them: kept where they were asked for."""
+        return {}
+
+    @abstractmethod
+    def one(self, i: int) -> Example:
+        """The example of row `i`, counted from 0 and within the length."""
+
+    def __getitem__(self, i):  # type: ignore[no-untyped-def]  # Sequence's overloads add nothing here
+        if isinstance(i, slice):
+            return [self.one(k) for k in range(*i.indices(len(self)))]
+        n = len(self)
+        if not -n <= i < n:
+            raise IndexError(f"row {i} of {n}")
+        return self.one(i % n)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self.one(i) for i in range(len(self)))
+
+
+class Joined(Lazy):
+    """Several sequences of examples one after the other, none of them copied."""
+
+    def __init__(self, *parts: Examples) -> None:
+        self.parts = parts
+        self.ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def one(self, i: int) -> Example:
+        """The example of row `i`."""
+        k = bisect_right(self.ends, i)
+        found: Example = self.parts[k][i - (self.ends[k - 1] if k else 0)]
+        return found
+
+    def plain(self) -> Iterator[Plain]:
+        """All of them in order, as plain data."""
+        for part in self.parts:
+            yield from plain(part)
+
+
+def joined(*parts: Examples) -> Examples:
+    """Several sequences of examples as one: a list, or without a copy where one of them is `Lazy`."""
+    if any(isinstance(part, Lazy) for part in parts):
+        return Joined(*parts)
+    return [e for part in parts for e in part]
+
+
+def plain(examples: Examples) -> Iterator[Plain]:
+    """All examples as plain data."""
+    if isinstance(examples, Lazy):
+        yield from examples.plain()
+        return
+    for e in examples:
+        turns = [(m.role, m.text, m.images, m.at) for m in e.messages]
+        yield Plain(e.id, turns, [str(v) if isinstance(v, Path) else v for v in e.images], e.references)
+
+
+def most_answers(examples: Examples) -> int:
+    """The most turns of the assistant that an example has."""
+    if isinstance(examples, Lazy):
+        return examples.answers
+    return max((row.answers for row in plain(examples)), default=0)
+
+
+class Counted:
+    """As many values as it says, one after the other: `digest` takes them as a list that nobody holds."""
+
+    def __init__(self, n: int, values: Iterable[Any]) -> None:
+        self.n, self.values = n, values
+
 
 def digest(value: Any) -> str:
     """A short stable hash of plain data, arrays and images by content, and paths by name and size."""
     h = hashlib.sha256()
+    paths: dict[str, bytes] = {}  # a picture that many rows show is asked for its size once
 
     def eat_look(v: PILImage.Image) -> None:
         """What decides besides the stored pixels how an image looks."""
@@ -117,20 +240,45 @@ def digest(value: Any) -> str:
             if key in v.info:
                 h.update(f"{key}={v.info[key]!r}".encode())
 
-    def eat(v: Any) -> None:
-        if isinstance(v, Example):
-            turns = [[m.role, m.text, m.images, *([list(m.at)] if m.at else [])] for m in v.messages]
+    def eat_path(v: str) -> None:
+        if v not in paths:
+            paths[v] = f"{v}:{_size(v)}".encode()
+        h.update(paths[v])
+
+    def eat_example(v: Plain) -> None:
+        """As the list [id, turns, images, references] would be eaten, in two pieces."""
+        out = [f"[4{_told(v.id)};[{len(v.turns)}"]
+        for role, text, images, at in v.turns:
+            out.append(f"[{4 if at else 3}{_told(role)};{_told(text)};{_told(images)};")
+            if at:
+                out.append(f"[{len(at)}" + "".join(f"{_told(n)};" for n in at))
+        h.update("".join([*out, f"[{len(v.images)}"]).encode())
+        for image in v.images:
             try:
-                eat([v.id, turns, list(v.images), list(v.references)])
+                eat_path(image) if isinstance(image, str) else eat(image)
             except RetainError as error:
                 raise RetainError(f"example {v.id!r}: {error}") from error
+        h.update("".join([f"[{len(v.references)}", *(f"{_told(r)};" for r in v.references)]).encode())
+
+    def eat(v: Any) -> None:
+        if isinstance(v, Example):
+            for row in plain([v]):
+                eat_example(row)
+        elif isinstance(v, Lazy):
+            h.update(f"[{len(v)}".encode())
+            for row in v.plain():
+                eat_example(row)
+        elif isinstance(v, Counted):
+            h.update(f"[{v.n}".encode())
+            for item in v.values:
+                eat(item)
         elif isinstance(v, np.ndarray):
             h.update(str((v.shape, str(v.dtype))).encode() + np.ascontiguousarray(v).tobytes())
         elif isinstance(v, PILImage.Image):
             h.update(str((v.size, v.mode)).encode() + _stored(v))
             eat_look(v)
         elif isinstance(v, Path):
-            h.update(f"{v}:{v.stat().st_size if v.is_file() else 'missing'}".encode())
+            eat_path(str(v))
         elif isinstance(v, Tensor):
             h.update(str((tuple(v.shape), str(v.dtype))).encode())
             h.update(v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if v.numel() else b"")
@@ -147,10 +295,24 @@ def digest(value: Any) -> str:
             for item in v:
                 eat(item)
         else:
-            h.update(json.dumps(v, sort_keys=True, default=str).encode() + b";")
+            h.update(_told(v).encode() + b";")
 
     eat(value)
     return h.hexdigest()[:16]
+
+
+def _told(value: Any) -> str:
+    """A plain value as JSON."""
+    return quoted(value) if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+
+
+def _size(path: str) -> int | str:
+    """Bytes of a file, "missing" of anything else."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return "missing"
+    return found.st_size if stat.S_ISREG(found.st_mode) else "missing"
 
 
 def _stored(image: PILImage.Image) -> bytes:

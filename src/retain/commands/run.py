@@ -83,16 +83,21 @@ def _started(recipe: Recipe, engine: Engine, quiet: bool) -> AccuracyMatrix:
 
 
 def check_examples(model: Model, stream: Stream, turns: Turns) -> None:
-    """Encode every example once, so that one that does not fit the model, or cannot be learned whole, is named now."""
+    """Find an example that does not fit the model, or cannot be learned whole, now and not in the middle of training.
+
+    A model that can tell of most rows without encoding them that they fit (`suspects`) is asked for the others.
+    """
+    asked = getattr(model, "suspects", lambda examples: range(len(examples)))
     for task in stream.all:
         for split, examples in (("train", task.train), ("test", task.test)):
-            for row, example in enumerate(examples, 1):
+            for row in asked(examples):
+                example = examples[row]
                 try:
                     model.length(example)
                     if split == "train" and sum(m.role == "assistant" for m in example.messages) > 1:
                         model.collate([example], answers=True, turns=turns)
                 except RetainError as error:
-                    raise RetainError(f"task {task.name!r}, {split}, row {row}: {error}") from error
+                    raise RetainError(f"task {task.name!r}, {split}, row {row + 1}: {error}") from error
 
 
 class Watch:

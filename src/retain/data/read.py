@@ -15,13 +15,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import normpath
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from retain.data.kept import Kept
 from retain.data.picture import MAX_PIXELS, WHERE, looked_at
 from retain.types import Example, ImageSource, Message, RetainError, Role
 
 MAX_LINE = 32 * 2**20
 MAX_TEXT = 1_000_000
+MAX_ID, MAX_OPTIONS, MAX_REFERENCES = 1_000, 10_000, 10_000
+DEEP = 32
+LARGE = 10**100
 IMAGE = "<image>"
 Row = Mapping[str, Any]
 
@@ -38,17 +42,21 @@ class _File:
     root: Path
     max_pixels: int
     checked: dict[Path, str] = field(default_factory=dict)  # path -> what is wrong with it, "" for nothing
+    known: dict[str, Path] = field(default_factory=dict)  # as rows write it -> an image that is fine
 
 
-def examples(path: Path, image_root: Path | None = None, *, max_pixels: int = MAX_PIXELS) -> list[Example]:
-    """All rows of a file. `image_root` defaults to the file's own folder; ids default to the row number."""
+def examples(path: Path, image_root: Path | None = None, *, max_pixels: int = MAX_PIXELS) -> Kept:
+    """All rows of a file, read and checked once, and kept small (`retain.data.kept`). `image_root` defaults to the file's own folder; ids default to the row number."""
     if not path.is_file():
         raise RetainError(f"{path}: no such file")
     root = image_root or path.parent
     if not root.is_dir():
         raise RetainError(f"{path}: the image root {str(root)!r} is no folder")
     file = _File(path, root.absolute(), max_pixels)
-    return [_example(row, number, file) for number, row in rows(path)]
+    kept = Kept(str(path))
+    for number, row in rows(path):
+        kept.add(_example(row, number, file))
+    return kept
 
 
 # -- rows ------------------------------------------------------------------------------------------------
@@ -59,21 +67,109 @@ def rows(path: Path) -> Iterator[tuple[int, Row]]:
     if path.suffix == ".parquet":
         yield from _parquet(path)
         return
-    text = _text(path)
-    if text.lstrip()[:1] == "[":
-        items = _json(text, f"{path}")
-        yield from ((i, _row(item, path, i)) for i, item in enumerate(items, 1))
+    if _starts(path) == "[":
+        yield from ((i, _row(item, path, i)) for i, item in enumerate(_items(path), 1))
         return
     number = 0
-    for line_number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
+    for line_number, line in enumerate(_pieces(path, MAX_LINE + 2), 1):
+        if line.isspace():
             continue
         number += 1
-        if len(line) > MAX_LINE:
+        if len(line.removesuffix("\n")) > MAX_LINE:
             raise RetainError(
                 f"{path}, row {number} (line {line_number}): longer than {MAX_LINE:,} characters"
             )
         yield number, _row(_json(line, f"{path}, row {number} (line {line_number})"), path, number)
+
+
+def _starts(path: Path) -> str:
+    """The first character that is no blank."""
+    return next((found[0] for piece in _pieces(path, 1 << 16) if (found := piece.lstrip())), "")
+
+
+def _pieces(path: Path, size: int) -> Iterator[str]:
+    """The lines of a text file, longer ones in pieces: a file is never held whole."""
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            yield from iter(lambda: file.readline(size), "")
+        except UnicodeDecodeError:
+            _text(path)  # says where in the file
+            raise
+
+
+def _items(path: Path) -> Iterator[Any]:
+    """The values of a JSON list, each read when it is asked for; what is no such list is read whole, and told."""
+    count = 0
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            for item in _List(file):
+                yield item
+                count += 1
+            return
+        except (ValueError, RecursionError):  # broken JSON, or bytes that are no text
+            pass
+    yield from _json(_text(path), f"{path}")[count:]
+
+
+@dataclass
+class _List:
+    """The values of a JSON list in an open file; a ValueError for what is none."""
+
+    file: IO[str]
+    text: str = ""  # what was read, and where in it the next value begins
+    at: int = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._take("[")
+        if self._next() == "]":
+            self._take("]")
+        else:
+            while True:
+                yield self._value()
+                if self._take(",]") == "]":
+                    break
+        self._take("")
+
+    def _value(self) -> Any:
+        self._next()
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.at)
+                if end < len(self.text):  # a number may go on behind
+                    self.at = end
+                    return value
+            except (ValueError, RecursionError):  # it may only be cut
+                if not self._more(len(self.text)):
+                    raise
+                continue
+            if not self._more(len(self.text)):
+                raise ValueError("the list has no end")
+
+    def _take(self, wanted: str) -> str:
+        found = self._next()
+        if found not in wanted or bool(found) != bool(wanted):
+            raise ValueError(f"{found!r} instead of {wanted!r}")
+        self.at += 1
+        return found
+
+    def _next(self) -> str:
+        """The next character that is no blank; "" at the end of the file."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\n\r":
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._more(0):
+                return ""
+
+    def _more(self, n: int) -> bool:
+        """Read on, `n` characters or a million."""
+        more = self.file.read(max(n, 1 << 20))
+        self.text, self.at = self.text[self.at :] + more, 0
+        return bool(more)
+
+
+DECODER = json.JSONDecoder()
 
 
 def _text(path: Path) -> str:
@@ -98,23 +194,66 @@ def _json(text: str, where: str) -> Any:
 def _row(item: Any, path: Path, number: int) -> Row:
     if not isinstance(item, dict):
         raise RetainError(f"{path}, row {number}: an object of fields is needed, not {_show(item)}")
-    if at := next(_not_finite(item), ""):
-        raise RetainError(f"{path}, row {number}, field '{at}': nan or infinity is no value; leave it out")
+    if not _fit(item):
+        raise RetainError(f"{path}, row {number}, {_unfit(item)}")
     return item
 
 
-def _not_finite(value: Any, at: str = "") -> Iterator[str]:
-    """Where a nan or an infinity stands in a row. Python's JSON reader takes NaN, which pandas writes for an empty cell,
-    and 1e999.
+def _fit(value: Any, deeper: int = 0) -> bool:
+    """Whether nothing in a value is unfit (`_unfit` says what); every row passes here."""
+    if isinstance(value, str):
+        return (value.isascii() and "\0" not in value) or not _BROKEN.search(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return -LARGE < value < LARGE
+    if isinstance(value, Mapping):
+        return deeper <= DEEP and all([_fit(str(k)) and _fit(v, deeper + 1) for k, v in value.items()])
+    if isinstance(value, list | tuple):
+        return deeper <= DEEP and all([_fit(v, deeper + 1) for v in value])
+    return True
+
+
+def _unfit(row: Any) -> str:
+    """Where in a row something stands that no later file could hold, and what; "" for nothing.
+
+    Python's JSON reader takes NaN, which pandas writes for an empty cell, 1e999, half of a surrogate pair, numbers of
+    thousands of digits and lists in lists in lists; digests, tokenizers and saved states do not.
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        yield at
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _not_finite(item, f"{at}.{key}" if at else str(key))
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from _not_finite(item, f"{at}[{i}]")
+    left: list[tuple[Any, tuple[Any, ...]]] = [(row, ())]
+    while left:
+        value, at = left.pop()
+        if isinstance(value, str):
+            wrong = _no_text(value)
+        elif isinstance(value, bool | bytes):
+            continue
+        elif isinstance(value, float):
+            wrong = "" if math.isfinite(value) else "nan or infinity is no value; leave it out"
+        elif isinstance(value, int):
+            wrong = "" if abs(value) < LARGE else "a number of more than a hundred digits"
+        elif isinstance(value, Mapping | list | tuple):
+            wrong = "lists and objects are nested too deep" if len(at) > DEEP else ""
+            keyed = isinstance(value, Mapping)
+            left += [(v, (*at, k)) for k, v in (value.items() if keyed else enumerate(value))]
+            wrong = wrong or (next((w for k in value if (w := _no_text(str(k)))), "") if keyed else "")
+        else:
+            continue
+        if wrong:
+            path = "".join(f"[{k}]" if isinstance(k, int) else f".{_printable(k)}" for k in at)
+            return f"field '{path.lstrip('.')}': {wrong}"
+    return ""
+
+
+_BROKEN = re.compile("[\ud800-\udfff\0]")
+
+
+def _no_text(value: str) -> str:
+    broken = None if value.isascii() and "\0" not in value else _BROKEN.search(value)
+    return f"character {broken.start() + 1} is {broken[0]!r}, which is no text" if broken else ""
+
+
+def _printable(key: object) -> str:
+    return str(key).encode("ascii", "backslashreplace").decode()[:60]
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
@@ -158,7 +297,12 @@ def _example(row: Row, number: int, file: _File) -> Example:
     ident = row.get("id", row.get("question_id", number))
     if isinstance(ident, bool) or not isinstance(ident, str | int) or ident == "":
         raise RetainError(f"{where}, field 'id': text or a whole number is needed, not {_show(ident)}")
-    return Example(str(ident), tuple(messages), images, _references(row, where), _meta(row, where))
+    if len(str(ident)) > MAX_ID:
+        raise RetainError(
+            f"{where}, field 'id': {len(str(ident)):,} characters; at most {MAX_ID:,} are taken"
+        )
+    source = (str(file.path), number)
+    return Example(str(ident), tuple(messages), images, _references(row, where), _meta(row, where), source)
 
 
 def _conversations(row: Row, where: str) -> list[Message]:
@@ -215,6 +359,12 @@ def _references(row: Row, where: str) -> tuple[str, ...]:
     """All acceptable answers where a row lists them: `references`, `answers`, or `answer` as a list."""
     for key in ("references", "answers", "answer"):
         value = row.get(key)
+        if key != "answer" and value is not None and not isinstance(value, list):
+            raise RetainError(f"{where}, field '{key}': a list of texts is needed, not {_show(value)}")
+        if isinstance(value, list) and len(value) > MAX_REFERENCES:
+            raise RetainError(
+                f"{where}, field '{key}': {len(value):,} texts; at most {MAX_REFERENCES:,} are taken"
+            )
         if isinstance(value, list) and value:
             return tuple(_answer(v, f"{where}, field '{key}[{i}]'") for i, v in enumerate(value))
     return ()
@@ -280,14 +430,21 @@ def _placed(messages: list[Message], n_images: int, where: str) -> list[Message]
 
 def _meta(row: Row, where: str) -> dict[str, Any]:
     """What a scorer needs besides: options, box, image size, tolerance, source; CoIN's names translated."""
-    meta: dict[str, Any] = dict(row["meta"]) if isinstance(row.get("meta"), dict) else {}
+    if not isinstance(row.get("meta"), dict | None):
+        raise RetainError(f"{where}, field 'meta': an object is needed, not {_show(row['meta'])}")
+    meta: dict[str, Any] = dict(row.get("meta") or {})
     row = {**meta, **row}
     options = row.get("options", row.get("choices"))
     if options is not None:
         if isinstance(options, dict):
             options = list(options.values())
-        if not isinstance(options, list) or not all(isinstance(o, str | int | float) for o in options):
+        fits = isinstance(options, list) and not any(isinstance(o, bool) for o in options)
+        if not fits or not all(isinstance(o, str | int | float) for o in options):
             raise RetainError(f"{where}, field 'options': a list of texts is needed, not {_show(options)}")
+        if len(options) > MAX_OPTIONS:
+            raise RetainError(
+                f"{where}, field 'options': {len(options):,}; at most {MAX_OPTIONS:,} are taken"
+            )
         meta["options"] = [str(o) for o in options]
     box = row.get("answer_bbox", row.get("box", row.get("bbox")))
     if box is not None:
@@ -309,7 +466,7 @@ def _width(value: Any, at: str) -> float:
 def _numbers(value: Any, count: int, at: str) -> list[float]:
     """A list of numbers, or its text: CoIN stores boxes as "[x1,y1,x2,y2]"."""
     found = _json(value, at) if isinstance(value, str) else value
-    fits = isinstance(found, list) and len(found) == count and not any(_not_finite(found))
+    fits = isinstance(found, list) and len(found) == count and _fit(found)
     if not fits or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in found):
         raise RetainError(f"{at}: {count} numbers are needed, not {_show(value)}")
     return [float(v) for v in found]
@@ -333,14 +490,13 @@ def _str(value: Any, at: str) -> str:
         raise RetainError(f"{at}: text is needed, not {_show(value)}")
     if len(value) > MAX_TEXT:
         raise RetainError(f"{at}: {len(value):,} characters; at most {MAX_TEXT:,} are taken")
-    broken = re.search("[\ud800-\udfff\0]", value)
-    if broken:
-        raise RetainError(f"{at}: character {broken.start() + 1} is {broken[0]!r}, which is no text")
+    if wrong := _no_text(value):
+        raise RetainError(f"{at}: {wrong}")
     return value
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    text = repr(value) if not isinstance(value, str) else repr(value[:80])
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -371,6 +527,8 @@ def _image(value: Any, at: str, file: _File) -> ImageSource:
         return image
     if isinstance(value, Mapping):
         value = value.get("path")
+    if isinstance(value, str) and value in file.known:
+        return file.known[value]
     name = _str(value, at)
     if not name.strip():
         raise RetainError(f"{at}: the image's path is empty")
@@ -381,6 +539,7 @@ def _image(value: Any, at: str, file: _File) -> ImageSource:
         file.checked[path] = _wrong_path(path, file.max_pixels)
     if file.checked[path]:
         raise RetainError(f"{at}: {name!r}: {file.checked[path]}")
+    file.known[name] = path
     return path
 
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from retain.method import Method, register
 from retain.stream import Stream, Task
+from retain.types import joined
 
 
 @register
@@ -29,7 +30,7 @@ class Multitask(Method):
         return (
             Task(
                 name="multitask",
-                train=tuple(e for t in stream for e in t.train),
+                train=joined(*(t.train for t in stream)),
                 test=(),
                 score=first.score,  # never used: a stage is trained on, the stream's own tasks are scored
                 max_new_tokens=max(t.max_new_tokens for t in stream),

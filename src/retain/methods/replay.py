@@ -22,7 +22,7 @@ from pydantic import Field
 
 from retain.method import Context, Method, register
 from retain.methods._parts import take
-from retain.types import Example, Examples
+from retain.types import Example, Examples, joined
 from retain.values import CountOrOff
 
 
@@ -62,7 +62,7 @@ class Replay(Method):
         rows: list[int] = []
         while len(rows) < n:
             rows += take(len(self.buffer), n - len(rows), rng)
-        return [*examples, *(self.buffer[i] for i in rows)]
+        return joined(examples, [self.buffer[i] for i in rows])
 
     def end_task(self, ctx: Context) -> None:
         if not self.size:

@@ -33,12 +33,13 @@ from retain.models.base import Turns
 from retain.models.cache import ByteLRU
 from retain.models.encode import Encoder, ImageRef, Square
 from retain.models.family import Family, family_of
+from retain.models.fits import Sieve
 from retain.models.generate import greedy, next_logits
 from retain.models.guard import check
 from retain.models.guide import Guider, GuideSource, prototype_width
 from retain.models.head import Head
 from retain.models.load import copy_processor, eos_ids, load_pretrained
-from retain.types import Batch, Example, Guide, Output, RetainError, digest
+from retain.types import Batch, Example, Examples, Guide, Lazy, Output, RetainError, digest
 
 Precision = Literal["fp32", "bf16"]
 CHUNKS = (32, 8)  # images per tower call, where they give the same bits as each other; else one by one
@@ -173,6 +174,10 @@ class HFModel:
         """Tokens of prompt and answer, image tokens included."""
         return len(self.encode(example))
 
+    def suspects(self, examples: Examples) -> Iterable[int]:
+        """Rows, from 0, that have to be encoded to know whether all fit: of a file's rows few (`retain.models.fits`)."""
+        return Sieve(self.encode).suspects(examples) if isinstance(examples, Lazy) else range(len(examples))
+
     def collate(self, examples: Sequence[Example], *, answers: bool, turns: Turns = "all") -> Batch:
         """On the CPU. With answers: padded right, labels on answer tokens and EOS. Without: padded left.
 
@@ -194,7 +199,7 @@ class HFModel:
             if answers:
                 if turns == "all" and e.unfound:
                     raise RetainError(
-                        f"example {examples[i].id!r}: the chat template does not write {e.unfound} as it is, so it cannot "
+                        f"{examples[i].told}: the chat template does not write {e.unfound} as it is, so it cannot "
                         "be learned; set optim.turns to last, or give one turn to a row"
                     )
                 spans = [(len(e.prompt), len(row)), *(e.earlier if turns == "all" else ())]
@@ -217,14 +222,14 @@ class HFModel:
             inputs["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0) + self.family.first
         meta = {
             "images": tuple(refs),
-            "image_ids": tuple(examples[i].id for i in row_I.tolist()),
+            "image_ids": tuple(examples[i].told for i in row_I.tolist()),
             "padded": int(mask_BT.sum()) < B * T,
             "left": not answers,
             "next_position": following,
             "image_index": (ids_BT.flatten() == self.encode.image_token_id).nonzero().squeeze(1),
         }
         if not self.frozen_tower:
-            shown = [(r, x.id) for e, x in zip(encoded, examples, strict=True) for r in e.images]
+            shown = [(r, x.told) for e, x in zip(encoded, examples, strict=True) for r in e.images]
             meta["pixels"] = tuple(self.encode.image(ref, name) for ref, name in shown)
         return Batch(tuple(examples), inputs, labels_BT if answers else None, row_I, meta)
 
@@ -437,7 +442,7 @@ class HFModel:
         while todo:
             size = next((n for n in sizes if n <= len(todo)), sizes[-1])
             part, todo = todo[:size], todo[size:]
-            pixels = [self.encode.image(ref, example_id) for ref, example_id in part]
+            pixels = [self.encode.image(ref, told) for ref, told in part]
             for (ref, _), made in zip(part, self._tower(pixels, size), strict=True):
                 found[ref.key] = made
                 self.features.put(ref.key, made)

@@ -32,11 +32,11 @@ from retain.metrics.matrix import AccuracyMatrix
 from retain.models.base import Model
 from retain.run import records
 from retain.run.engine import Engine, peak_memory
-from retain.run.evaluate import EvalOptions, cell_key, evaluate, plan, score
+from retain.run.evaluate import EvalOptions, cell_key, evaluate, lengths, plan, score
 from retain.run.store import Row, RunDir, TunedDir, differences, empty, safe
 from retain.run.train import FitStats, Optim, fit
 from retain.stream import Stream, Task
-from retain.types import Examples, RetainError, digest
+from retain.types import Examples, RetainError, digest, most_answers, plain
 from retain.values import written
 
 PACKAGES = ("retain", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow")
@@ -184,9 +184,11 @@ def check_kind(method: Method, kind: str) -> None:
 
 
 def _check_split(task: str, split: str, examples: Examples) -> None:
-    twice = next((i for i, n in Counter(e.id for e in examples).items() if n > 1), None)
-    if twice is not None:
-        raise RetainError(f"task {task!r}, {split}: id {twice!r} appears more than once")
+    seen = set[str]()
+    for row in plain(examples):
+        if row.id in seen:
+            raise RetainError(f"task {task!r}, {split}: id {row.id!r} appears more than once")
+        seen.add(row.id)
 
 
 def taught(stage: Task, stream: Stream) -> list[str]:
@@ -284,7 +286,7 @@ def _answer(r: Running, row: Row, task: Task, key: str, batches: Any, started: f
         "key": key, "score": sum(p.score for p in predictions) / len(predictions), "n": len(predictions),
         "copied": False, "seconds": round(time.perf_counter() - started, 3),
         "compat": sum(compat) / len(compat) if compat else None,
-        "tokens": sum(r.model.length(e) for e in task.test)
+        "tokens": sum(lengths(r.model, task.test))
         + sum(tokens_in_front(r.model.adapters, mix, len(rows)) for rows, mix in batches),
         **written,
     }  # fmt: skip
@@ -301,7 +303,7 @@ def collect(stream: Stream, store: RunDir) -> AccuracyMatrix:
         for row in store.rows()
         if row.done
     }
-    ids = {t.name: [e.id for e in t.test] for t in stream.all}
+    ids = {t.name: [row.id for row in plain(t.test)] for t in stream.all}
     return AccuracyMatrix.from_scores([t.name for t in stream], [t.name for t in stream.unseen], values, ids)
 
 
@@ -375,7 +377,7 @@ def setting(r: Running) -> dict[str, Any]:
         "method": [{p.name: p.config()} for p in r.method.parts], "code": code, "optim": written(r.optim),
         "eval": asdict(r.options), "seed": r.seed, "tasks": [t.name for t in r.stream.all],
     }  # fmt: skip
-    if any(sum(m.role == "assistant" for m in e.messages) > 1 for t in r.stream for e in t.train):
+    if any(most_answers(t.train) > 1 for t in r.stream):
         made["turns"] = (
             r.optim.turns
         )  # folders from before there was the choice learned the last, and do not say so
@@ -447,12 +449,12 @@ def _describe_data(r: Running) -> None:
 
 def _hashes(tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
     """What data.json says: of the data alone (`data`), and of all that decides a score (`digest`)."""
+    data = [t.data_digest() for t in tasks]
     return {
         t.name: {
-            "train": len(t.train), "test": len(t.test), "score": t.score.name,
-            "data": t.data_digest(), "digest": t.digest(),
+            "train": len(t.train), "test": len(t.test), "score": t.score.name, "data": d, "digest": t.digest(d),
         }
-        for t in tasks
+        for t, d in zip(tasks, data, strict=True)
     }  # fmt: skip
 
 

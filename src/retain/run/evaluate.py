@@ -10,6 +10,7 @@ copied, not generated.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from retain.models.base import Model
 from retain.run import records
 from retain.run.engine import Engine, autocast
 from retain.stream import Task
-from retain.types import digest
+from retain.types import Examples, Lazy, digest
 from retain.values import CountOrOff, Size, ranged
 
 
@@ -76,8 +77,8 @@ Plan = list[tuple[list[int], Mix]]
 
 def plan(model: Model, task: Task, method: Method | None, ctx: Context, options: EvalOptions) -> Plan:
     """The batches of a cell with their mixes. Without a method, or without a router: the bank's mix."""
-    lengths = [model.length(e) for e in task.test]
-    order = sorted(range(len(task.test)), key=lambda i: (lengths[i], i))
+    tokens = lengths(model, task.test)
+    order = sorted(range(len(task.test)), key=lambda i: (tokens[i], i))
     batches = [order[i : i + options.batch_size] for i in range(0, len(order), options.batch_size)]
     if method is None or not method.owns("route"):
         return [(rows, model.adapters.mix) for rows in batches]
@@ -87,6 +88,16 @@ def plan(model: Model, task: Task, method: Method | None, ctx: Context, options:
             mix = method.route(ctx, model.collate([task.test[i] for i in rows], answers=False))
             out.append((rows, model.adapters.mix if mix is None else mix))
     return out
+
+
+def lengths(model: Model, examples: Examples) -> Sequence[int]:
+    """Tokens of every example; of a file's rows counted once for all rows of the matrix."""
+    if not isinstance(examples, Lazy):
+        return [model.length(e) for e in examples]
+    key = (id(model), model.fingerprint())
+    if key not in examples.lengths:
+        examples.lengths[key] = array("l", map(model.length, examples))
+    return examples.lengths[key]
 
 
 def cell_key(

@@ -27,6 +27,7 @@ from retain.adapters.prompt import tokens_in_front
 from retain.method import Context, Method, answer
 from retain.models.base import Model, Turns
 from retain.run.engine import Engine, autocast, peak_memory
+from retain.run.order import batches
 from retain.run.sound import Watchman, is_of, wrong_kinds
 from retain.types import Batch, Examples, RetainError, digest
 from retain.values import LATER, Count, CountOrOff, NotNegative, Positive, Share, Size, ranged, written
@@ -289,28 +290,6 @@ def make_optimizer(model: Model, optim: Optim) -> torch.optim.Optimizer:
         weight_decay=optim.weight_decay,
         fused=True,
     )
-
-
-def batches(model: Model, examples: Examples, ctx: Context, optim: Optim, n_steps: int) -> list[list[int]]:
-    """The rows of every step, decided before the first: epoch after epoch, each in a random order of its own.
-
-    With `group_by_length`, samples of similar length meet in one batch (sorted within runs of 8 batches, then
-    the batches are shuffled), which saves padding.
-    """
-    rng, n, size = ctx.rng("order"), len(examples), optim.batch_size
-    total = n_steps * size if optim.steps is not None else min(n_steps * size, math.ceil(n * optim.epochs))
-    stream: list[int] = []
-    while len(stream) < total:
-        stream += torch.randperm(n, generator=rng).tolist()
-    stream = stream[:total]
-    if not optim.group_by_length:
-        return [stream[i : i + size] for i in range(0, total, size)]
-    out: list[list[int]] = []
-    for start in range(0, total, 8 * size):
-        run = sorted(stream[start : start + 8 * size], key=lambda i: model.length(examples[i]))
-        chunk = [run[i : i + size] for i in range(0, len(run), size)]
-        out += [chunk[i] for i in torch.randperm(len(chunk), generator=rng).tolist()]
-    return out
 
 
 @contextmanager
