@@ -13,8 +13,9 @@ from torch import Tensor
 from fake_model import FakeModel, context, stream
 from reference import llaca as reference
 from retain.method import Context, build
-from retain.methods import llaca
-from retain.methods.llaca import Five, Llaca, bounded_rates, official_rates, paper_rates, sums
+from retain.methods import _llaca
+from retain.methods._llaca import Five, sums
+from retain.methods.llaca import Llaca, bounded_rates, official_rates, paper_rates
 from retain.run.train import Optim, fit
 from retain.types import RetainError
 
@@ -73,8 +74,8 @@ def test_worked_checks_of_the_bounded_rate() -> None:
 def test_fused_sums_equal_plain_ones(inner: bool, moves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if inner and not moves:
         pytest.skip("inner products always have a move")
-    monkeypatch.setattr(llaca, "CHUNK", 7)
-    monkeypatch.setattr(llaca, "GROUP", 20)
+    monkeypatch.setattr(_llaca, "CHUNK", 7)
+    monkeypatch.setattr(_llaca, "GROUP", 20)
     rng = torch.Generator().manual_seed(0)
     shapes, none = ((3, 5), (9,), (4, 4), (1, 2)), [None] * (1 - moves)
     fives = [Five(*(torch.randn(s, generator=rng) for _ in range(4 + moves)), *none) for s in shapes]
@@ -91,15 +92,15 @@ def test_fused_sums_equal_plain_ones(inner: bool, moves: bool, monkeypatch: pyte
     # bf16 gradients take the path of accelerators
     assert not fives[0]._replace(grad=fives[0].grad.bfloat16()).on_cpu()
     torch.testing.assert_close(
-        torch.cat([llaca._foreach_sums(g, inner) for g in llaca._grouped(fives)], 1), want_SK
+        torch.cat([_llaca._foreach_sums(g, inner) for g in _llaca._grouped(fives)], 1), want_SK
     )
 
 
 def test_the_rows_that_are_summed_begin_where_gradients_do() -> None:
     """The last bits of BLAS's sums depend on the address: with any other, two runs would not be equal."""
-    for n in (1, 33, 1000, 70_001, llaca.CHUNK):
+    for n in (1, 33, 1000, 70_001, _llaca.CHUNK):
         kept = [np.empty(n + i, np.float32) for i in range(3)]  # the heap is not fresh in a long run either
-        rows = llaca._scratch(n)
+        rows = _llaca._scratch(n)
         assert [r.ctypes.data % 64 for r in rows] == [0, 0] and all(len(r) == n for r in rows)
         del kept
 
