@@ -1,0 +1,3 @@
+"""stub for the moment"""
+def write_frontier(records, out):
+    return out
