@@ -151,7 +151,10 @@ def _scores(model: Model, stream: Stream, seed: int, n_eval: int) -> list[float]
 def files(args: argparse.Namespace) -> Mapping[Path, tuple[str, int, int]]:
     """Result files of what was asked for, the first seeds of everything first."""
     todo = [(pair, seed, steps) for seed in args.seeds for steps in args.steps for pair in args.pairs]
-    return {args.folder / f"{p.replace(',', '-')}-{steps}-{seed}.json": (p, seed, steps) for p, seed, steps in todo}
+    return {
+        args.folder / f"{p.replace(',', '-')}-{steps}-{seed}.json": (p, seed, steps)
+        for p, seed, steps in todo
+    }
 
 
 def main() -> int:

@@ -63,6 +63,7 @@ List this part before those that read the final weights (`ewc`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -227,12 +228,16 @@ class Llaca(Method):
         self.tally = torch.zeros(ROWS, 0)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Also the state of an earlier version, which called the average `shadow` and kept no start."""
+        """Also the state of an earlier version, which called the average `shadow`, kept no start and measured no way.
+
+        In the middle of a task the start is that of `begin_task`, which has run again; of this task no reach is told.
+        """
         if "shadow" in state and "average" not in state:
             tally = state["tally"]
-            rows = torch.cat([tally, tally.new_zeros(ROWS - len(tally), tally.shape[1])])
-            state = {**state, "average": state["shadow"], "start": {}, "tally": rows}
-            del state["shadow"]
+            unknown = tally.new_full((ROWS - len(tally), tally.shape[1]), math.nan)
+            state = {k: v for k, v in state.items() if k != "shadow"} | {
+                "average": state["shadow"], "start": self.start, "tally": torch.cat([tally, unknown]),
+            }  # fmt: skip
         super().load_state_dict(state)
 
     def _averaged(self, ctx: Context) -> dict[str, Parameter]:
@@ -334,10 +339,15 @@ class Llaca(Method):
         rates = sorted(row["rate"] for row in rows)
         share = sum(row["fallback"] for row in rows) / len(rows)
         told = {"min": rates[0], "median": rates[len(rates) // 2], "max": rates[-1], "fallback": share}
-        way = sum(row.get("way", 0.0) for row in rows)
-        if way and VARIANTS[self.variant].reaches:
-            told["reach"] = sum(row["asked"] for row in rows) / way
-        return told | ({"gone": sum(row["gone"] for row in rows) / way} if way else {})
+        return told | self._far(*(sum(row.get(k, 0.0) for row in rows) for k in ("asked", "way", "gone")))
+
+    def _far(self, asked_for: float, way: float, gone: float) -> dict[str, float]:
+        """Reach, where the variant has one, and the share of the way that was gone; without what is no number."""
+        if not way:
+            return {}
+        shares = {"reach": asked_for / way, "gone": gone / way}
+        known = {k: v for k, v in shares.items() if math.isfinite(v)}
+        return {k: v for k, v in known.items() if k == "gone" or VARIANTS[self.variant].reaches}
 
     def _log_task(
         self, ctx: Context, keys: list[str], moved: list[str], way_K: Tensor, gone_K: Tensor
@@ -350,7 +360,7 @@ class Llaca(Method):
         updates, fallbacks, rates, skipped, asked_K = self.tally
         n = updates.clamp(min=1)
         far = torch.zeros(2, len(keys), device=self.tally.device)
-        far[:, [i for i, k in enumerate(keys) if k in moved]] = torch.stack([way_K, gone_K])
+        far[:, [i for i, k in enumerate(keys) if k in moved]] = torch.stack([way_K, gone_K]).to(far)
         columns = {
             "rate": rates / n,
             "fallback": fallbacks / n,
@@ -361,12 +371,10 @@ class Llaca(Method):
         groups = self._by_kind(ctx, keys, columns)
         total = torch.stack([asked_K.sum(), far[0].sum(), far[1].sum(), *skipped]).tolist()
         missing = {k: int(s) for k, s in zip(keys, total[3:], strict=True) if s}
-        reach = total[0] / total[1] if total[1] and VARIANTS[self.variant].reaches else None
-        gone = total[2] / total[1] if total[1] else None
-        told = {k: v for k, v in (("reach", reach), ("gone", gone)) if v is not None}
-        kappa = VARIANTS[self.variant].kappa if self.kappa is None else self.kappa
-        if gone is not None:
-            told["verdict"] = verdict(gone, reach, kappa)
+        told: dict[str, Any] = dict(self._far(*total[:3]))
+        if "gone" in told:
+            kappa = VARIANTS[self.variant].kappa if self.kappa is None else self.kappa
+            told["verdict"] = verdict(told["gone"], told.get("reach"), kappa)
         ctx.log(kind="rates_of_task", groups=groups, skipped=missing, **told, **self._who(ctx))
 
 

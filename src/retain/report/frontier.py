@@ -1,3 +1,5 @@
 """stub for the moment"""
+
+
 def write_frontier(records, out):
     return out
