@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from retain.methods.llaca import (
     paper_rates,
     verdict,
 )
+from retain.run.continual import Silent, run
+from retain.run.store import RunDir
 from retain.run.train import Optim, fit
 from retain.types import RetainError
 
@@ -315,6 +318,20 @@ def test_a_large_tensor_is_measured_by_a_sample() -> None:
     far = _llaca.distances(kept, {"a": now, "b": now[:3]})
     assert far[0].item() == pytest.approx((now - start).abs().sum().item(), rel=0.05)  # 4,093 of 524,288
     assert far[1].item() == pytest.approx((now[:3] - start[:3]).abs().sum().item(), rel=1e-5)
+
+
+def test_who_waits_is_told_how_far_the_average_came(tmp_path: Path) -> None:
+    class Notes(Silent):
+        notes: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    store = RunDir.open(tmp_path / "run", {"method": "x"})
+    run(FakeModel(), stream(), build(["lora", "llaca"]), Optim(steps=3, batch_size=4), store, watch=Notes())
+    second = stream().tasks[1].name
+    said = [n for n in Notes.notes if n.startswith(f"{second}, llaca: the average ended")]
+    assert len(said) == 1 and "reach R" in said[0]
 
 
 # -- rates that do not depend on size ---------------------------------------------------------------------------
