@@ -110,11 +110,12 @@ PARTS: dict[str, Callable[[], str]] = {
 }  # fmt: skip
 
 
-def measured() -> dict[str, dict[str, str]]:
-    """Recipe to its row in docs/results.md, the tasks in their default order; only those that have an end."""
+def measured(page: str = "results.md") -> dict[str, dict[str, str]]:
+    """Recipe to its row in a page of results, the tasks in their default order; only those that have an end."""
+    path = ROOT / "docs" / page
     out: dict[str, dict[str, str]] = {}
     section, columns = "", list[str]()
-    for line in (ROOT / "docs" / "results.md").read_text(encoding="utf8").splitlines():
+    for line in path.read_text(encoding="utf8").splitlines() if path.is_file() else ():
         if line.startswith("## "):
             section = line
         elif line in ("<!-- table -->", "<!-- /table -->"):
@@ -145,7 +146,7 @@ def card(text: str, rows: dict[str, dict[str, str]]) -> str:
     return re.sub(r"^\| Ours \|.*$", lambda _: row, text, count=1, flags=re.MULTILINE)
 
 
-def expectation(text: str, row: dict[str, str] | None) -> str:
+def expectation(text: str, row: dict[str, str] | None, page: str = "results.md") -> str:
     """A recipe whose comment says what to expect, as measured."""
     if row is None:
         return text
@@ -154,11 +155,15 @@ def expectation(text: str, row: dict[str, str] | None) -> str:
         "time:    ": f"{row['Train time']} of training on one core"
         if trained
         else "seconds, nothing is trained",
-        "expected:": f"{ended(row)}; docs/results.md",
+        "expected:": f"{ended(row)}; docs/{page}",
     }
     for key, told in lines.items():
         text = re.sub(rf"^# {key} .*$", f"# {key} {told}", text, count=1, flags=re.MULTILINE)
     return text
+
+
+RESULTS = {"pocket": "results.md", "pocket_long": "results_long.md"}
+"""Folders of recipes and the page that has their results."""
 
 
 def filled(text: str) -> str:
@@ -174,16 +179,17 @@ def filled(text: str) -> str:
 def made(path: Path, text: str, rows: dict[str, dict[str, str]]) -> str:
     """The text that a file should have."""
     if path.suffix == ".yaml":
-        return expectation(text, rows.get(path.stem))
+        return expectation(text, rows.get(path.stem), RESULTS[path.parent.name])
     return card(text, rows) if path.parent.name == "methods" else filled(text)
 
 
 def main() -> int:
-    stale, rows = [], measured()
-    cards, recipes = (ROOT / "docs" / "methods").glob("*.md"), (ROOT / "recipes" / "pocket").glob("*.yaml")
+    stale, rows = [], {folder: measured(page) for folder, page in RESULTS.items()}
+    cards = (ROOT / "docs" / "methods").glob("*.md")
+    recipes = [path for folder in RESULTS for path in (ROOT / "recipes" / folder).glob("*.yaml")]
     for path in [ROOT / "README.md", ROOT / "docs" / "models.md", *sorted(cards), *sorted(recipes)]:
         old = path.read_text(encoding="utf8")
-        new = made(path, old, rows)
+        new = made(path, old, rows.get(path.parent.name, rows["pocket"]))
         if new != old:
             stale.append(path.name)
             if "--check" not in sys.argv:

@@ -4,9 +4,10 @@
     python scripts/pocket_table.py --only llaca ewc --seeds 0 1
     python scripts/pocket_table.py eval.split=valid --only llaca --folder runs/valid    # overrides come first
     python scripts/pocket_table.py --all --orders default reversed    # every recipe, two orders of the tasks
+    python scripts/pocket_table.py --setting pocket_long    # recipes/pocket_long; runs/table_long, docs/results_long.md
     python scripts/pocket_table.py --write-only         # only write the tables from the runs that are there
 
-Every run is `retain run recipes/pocket/NAME.yaml seed=S out=runs/table/NAME-S` (NAME.ORDER-S for another order); a
+Every run is `retain run recipes/SETTING/NAME.yaml seed=S out=runs/table/NAME-S` (NAME.ORDER-S for another order); a
 killed script goes on where it was. Runs share what they tuned alike (`reuse`).
 """
 
@@ -18,15 +19,18 @@ import multiprocessing.connection
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = ROOT / "recipes" / "pocket"
+RECIPES = ROOT / "recipes"
 FIRST = [
     "zero_shot", "lora", "multitask", "replay", "ewc", "lwf", "ema", "llaca_official", "llaca_paper", "llaca_bounded",
     "llaca", "llaca_groups_paper", "llaca_groups_bounded", "groups", "lora_oracle", "lora_per_task",
 ]  # fmt: skip
-
+LONG = [
+    "lora", "ema_099", "interpolate", "llaca_official", "llaca_kappa", "llaca_means", "llaca_paper", "llaca_bounded",
+    "replay",
+]  # fmt: skip
 
 ORDERS = {
     "default": "",
@@ -36,16 +40,43 @@ ORDERS = {
 """Orders of the tasks by name; empty: the stream's own. `shuffled` was drawn once."""
 
 
-def recipes() -> list[str]:
-    """Every recipe of the pocket: those of FIRST, then the others by name."""
-    return [*FIRST, *sorted({p.stem for p in RECIPES.glob("*.yaml")} - set(FIRST))]
+class Setting(NamedTuple):
+    """A folder of recipes: the names that come first, orders of the tasks, where its runs and its page go."""
+
+    recipes: str
+    first: list[str]
+    orders: dict[str, str]
+    folder: str
+    page: str
 
 
-def arguments(name: str, seed: int, order: str, folder: Path, extra: list[str]) -> tuple[Path, list[str]]:
+POCKET = Setting("pocket", FIRST, ORDERS, "table", "results.md")
+SETTINGS = {
+    "pocket": POCKET,
+    "pocket_long": Setting(
+        "pocket_long",
+        LONG,
+        {"default": "", "reversed": "digits counting garments charts"},
+        "table_long",
+        "results_long.md",
+    ),
+}
+
+
+def recipes(setting: Setting = POCKET) -> list[str]:
+    """Every recipe of a setting: those that come first, then the others by name."""
+    others = {p.stem for p in (RECIPES / setting.recipes).glob("*.yaml")} - set(setting.first)
+    return [*setting.first, *sorted(others)]
+
+
+def arguments(
+    name: str, seed: int, order: str, folder: Path, extra: list[str], setting: Setting = POCKET
+) -> tuple[Path, list[str]]:
     """A run's folder and what `retain` is called with."""
-    out = folder / (f"{name}.{order}-{seed}" if ORDERS[order] else f"{name}-{seed}")
-    tasks = [f"stream.pocket.order=[{', '.join(ORDERS[order].split())}]"] if ORDERS[order] else []
-    recipe = str(RECIPES / f"{name}.yaml")
+    tasks_of = setting.orders[order]
+    out = folder / (f"{name}.{order}-{seed}" if tasks_of else f"{name}-{seed}")
+    tasks = [f"stream.pocket.order=[{', '.join(tasks_of.split())}]"] if tasks_of else []
+    recipe = str(RECIPES / setting.recipes / f"{name}.yaml")
     return out, ["run", recipe, f"seed={seed}", f"out={out}", f"reuse={folder / 'tuned'}", *tasks, *extra]
 
 
@@ -101,27 +132,41 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="*", default=FIRST)
+    parser.add_argument(
+        "--setting", choices=SETTINGS, default="pocket", help="which recipes: a folder of recipes/"
+    )
+    parser.add_argument("--only", nargs="*", help="recipes by name; default: those that come first")
     parser.add_argument("--all", action="store_true", help="every recipe, whatever --only says")
     parser.add_argument("--orders", nargs="*", choices=ORDERS, default=["default"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "table")
+    parser.add_argument("--folder", type=Path, help="of the runs; default: runs/table or runs/table_long")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--out", type=Path, help="the page; default: docs/results.md or results_long.md")
     parser.add_argument("--write-only", action="store_true")
     parser.add_argument("overrides", nargs="*", help="key=value, as for retain run")
     args = parser.parse_args()
-    if wrong := sorted(set(args.only) - set(recipes())):
-        parser.error(f"--only: no recipe {wrong}; choose from {recipes()}, and write key=value before --only")
+    setting = SETTINGS[args.setting]
+    only = setting.first if args.only is None else args.only
+    if wrong := sorted(set(only) - set(recipes(setting))):
+        parser.error(
+            f"--only: no recipe {wrong}; choose from {recipes(setting)}, and write key=value before --only"
+        )
+    if wrong := sorted(set(args.orders) - set(setting.orders)):
+        parser.error(f"--orders: {args.setting} has no order {wrong}; choose from {list(setting.orders)}")
+    folder, out = args.folder or ROOT / "runs" / setting.folder, args.out or ROOT / "docs" / setting.page
     failed = 0
     if not args.write_only:
-        names = recipes() if args.all else args.only
+        names = recipes(setting) if args.all else only
         todo = [(name, seed, order) for seed in args.seeds for order in args.orders for name in names]
         os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-        failed = run_all([arguments(*job, args.folder.resolve(), args.overrides) for job in todo], args.jobs)
+        runs = [arguments(*job, folder.resolve(), args.overrides, setting) for job in todo]
+        failed = run_all(runs, args.jobs)
     from retain.report.results import write_results
 
-    print(f"wrote {write_results(args.folder, args.out)}")
+    command = (
+        "make pocket-table" if setting is POCKET else f"scripts/pocket_table.py --setting {args.setting}"
+    )
+    print(f"wrote {write_results(folder, out, command)}")
     return 1 if failed else 0
 
 

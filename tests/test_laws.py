@@ -46,6 +46,11 @@ SPECS: dict[str, Any] = {
     "llaca always": ["lora", {"llaca": {"first_task": True, "log_every": 2}}],
     "llaca paper": ["lora", {"llaca": {"variant": "paper"}}],
     "llaca bounded": ["lora", {"llaca": {"variant": "bounded"}}],
+    "llaca means by layer": ["lora", {"llaca": {"scale": "means", "per": "layer", "first_task": True}}],
+    "llaca paper in bf16": ["lora", {"llaca": {"variant": "paper", "shadow": "bf16", "per": "adapter"}}],
+    "interpolate": ["lora", "interpolate"],
+    "interpolate chosen": ["lora", {"interpolate": {"choose": [0.3, 0.6], "keep": 3}}],
+    "groups + interpolate": ["instruction_groups", {"interpolate": {"choose": [0.5, 0.9], "keep": 2}}],
     "hide": {"hide": {"temperature": 0.5}},
     "hide delta_sum, merge all": {"hide": {"fusion": "delta_sum", "top_k": 0, "anchor_samples": 5}},
     "hide expand all, cold": {"hide": {"top_k": 2, "temperature": 0.0}},
@@ -113,6 +118,8 @@ OFF: dict[str, tuple[Any, Any]] = {
     "merge_after_task, all adapters new": (["lora_per_task", "merge_after_task"], "lora_per_task"),
     "cofima": (["lora", {"cofima": {"lam": 1.0}}], "lora"),
     "model_tailor": ({"model_tailor": {"sparsity": 0.0}}, "lora"),
+    "interpolate": (["lora", {"interpolate": {"ratio": 1.0}}], "lora"),
+    "interpolate, all adapters new": (["lora_per_task", "interpolate"], "lora_per_task"),
     "llaca, all adapters new": (["lora_per_task", "llaca"], "lora_per_task"),
 }
 OPTIM = Optim(lr=2e-2, steps=4, batch_size=4, warmup=0.0, checkpoint_every=2, log_every=1)

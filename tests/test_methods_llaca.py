@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,8 +14,19 @@ from torch import Tensor
 from fake_model import FakeModel, context, stream
 from reference import llaca as reference
 from retain.method import Context, build
-from retain.methods import llaca
-from retain.methods.llaca import Five, Llaca, bounded_rates, official_rates, paper_rates, sums
+from retain.methods import _llaca
+from retain.methods._llaca import Five, as_released, entries, sums
+from retain.methods.llaca import (
+    SHADOWS,
+    VARIANTS,
+    Llaca,
+    bounded_rates,
+    official_rates,
+    paper_rates,
+    verdict,
+)
+from retain.run.continual import Silent, run
+from retain.run.store import RunDir
 from retain.run.train import Optim, fit
 from retain.types import RetainError
 
@@ -73,8 +85,8 @@ def test_worked_checks_of_the_bounded_rate() -> None:
 def test_fused_sums_equal_plain_ones(inner: bool, moves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if inner and not moves:
         pytest.skip("inner products always have a move")
-    monkeypatch.setattr(llaca, "CHUNK", 7)
-    monkeypatch.setattr(llaca, "GROUP", 20)
+    monkeypatch.setattr(_llaca, "CHUNK", 7)
+    monkeypatch.setattr(_llaca, "GROUP", 20)
     rng = torch.Generator().manual_seed(0)
     shapes, none = ((3, 5), (9,), (4, 4), (1, 2)), [None] * (1 - moves)
     fives = [Five(*(torch.randn(s, generator=rng) for _ in range(4 + moves)), *none) for s in shapes]
@@ -91,15 +103,15 @@ def test_fused_sums_equal_plain_ones(inner: bool, moves: bool, monkeypatch: pyte
     # bf16 gradients take the path of accelerators
     assert not fives[0]._replace(grad=fives[0].grad.bfloat16()).on_cpu()
     torch.testing.assert_close(
-        torch.cat([llaca._foreach_sums(g, inner) for g in llaca._grouped(fives)], 1), want_SK
+        torch.cat([_llaca._foreach_sums(g, inner) for g in _llaca._grouped(fives)], 1), want_SK
     )
 
 
 def test_the_rows_that_are_summed_begin_where_gradients_do() -> None:
     """The last bits of BLAS's sums depend on the address: with any other, two runs would not be equal."""
-    for n in (1, 33, 1000, 70_001, llaca.CHUNK):
+    for n in (1, 33, 1000, 70_001, _llaca.CHUNK):
         kept = [np.empty(n + i, np.float32) for i in range(3)]  # the heap is not fresh in a long run either
-        rows = llaca._scratch(n)
+        rows = _llaca._scratch(n)
         assert [r.ctypes.data % 64 for r in rows] == [0, 0] and all(len(r) == n for r in rows)
         del kept
 
@@ -246,3 +258,201 @@ def test_wrong_fields_are_named() -> None:
     ):
         with pytest.raises(RetainError, match=word):
             Llaca(**options)
+
+
+# -- how far the average came --------------------------------------------------------------------------------
+
+
+def told_of_task(events: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(e for e in events if e["kind"] == "rates_of_task")
+
+
+def test_reach_and_the_way_gone_equal_the_formula() -> None:
+    part, model, events = trajectory("official")
+    told, live = told_of_task(events), model.adapters.trainable()
+    kinds = {k: f"{model.adapters.group(k)}.{k.rsplit('.', 1)[-1]}" for k in live}
+    gone, way = dict.fromkeys(kinds.values(), 0.0), dict.fromkeys(kinds.values(), 0.0)
+    for key, p in live.items():
+        start, end = part.seen_before[0][key], part.seen_after[-1][key]
+        gone[kinds[key]] += float((p.detach() - start).abs().sum())
+        way[kinds[key]] += float((end - start).abs().sum())
+    for kind in way:
+        keys = [k for k in live if kinds[k] == kind]
+        tensors = [(series(part.seen_after, k), series(part.seen_grads, k)) for k in keys]
+        starts = [part.seen_before[0][k].flatten().tolist() for k in keys]
+        assert told["groups"][kind]["reach"] == pytest.approx(reference.reach(tensors, starts), rel=1e-4)
+        assert told["groups"][kind]["gone"] == pytest.approx(gone[kind] / way[kind], rel=1e-4)
+    assert told["gone"] == pytest.approx(sum(gone.values()) / sum(way.values()), rel=1e-4)
+    weighed = sum(told["groups"][k]["reach"] * way[k] for k in way)
+    assert told["reach"] == pytest.approx(weighed / sum(way.values()), rel=1e-4)
+    assert f"{100 * told['gone']:.0f} % of the way" in told["verdict"] and "reach R" in told["verdict"]
+
+
+def test_with_little_reach_the_average_ends_about_that_share_of_the_way() -> None:
+    """The point of R: it foretells how far the average comes, whatever kappa is."""
+    for kappa in (2e-4, 8e-4):
+        told = told_of_task(trajectory("official", kappa=kappa, fallback=1e-6)[2])
+        assert told["reach"] < 0.4 and 0.3 * told["reach"] < told["gone"] < 1.3 * told["reach"]
+    assert told_of_task(trajectory("official", kappa=50.0, fallback=1.0)[2])["gone"] > 0.99
+
+
+@pytest.mark.parametrize("variant", ["paper", "bounded"])
+def test_a_variant_whose_ratio_weighs_the_old_tells_the_way_and_no_reach(variant: str) -> None:
+    told = told_of_task(trajectory(variant)[2])
+    assert "reach" not in told and 0 < told["gone"] < 1.5 and "reach" not in told["verdict"]
+
+
+def test_the_verdict_says_what_follows() -> None:
+    assert verdict(0.98, 20.0, 2.0).endswith("kappa near 0.05 would give R = 0.5")
+    assert "it is the weights" in verdict(0.98, 20.0, 2.0)
+    assert "little of the task" in verdict(0.04, 0.05, 2.0) and "kappa near 20 " in verdict(0.04, 0.05, 2.0)
+    assert verdict(0.5, 0.6, 2.0).endswith("(reach R = 0.6)") and "kappa" not in verdict(1.0, None, 1.0)
+
+
+def test_a_large_tensor_is_measured_by_a_sample() -> None:
+    rng = torch.Generator().manual_seed(2)
+    start, now = torch.randn(4096, 128, generator=rng), torch.randn(4096, 128, generator=rng)
+    now *= torch.arange(128) / 64  # columns differ, as ranks do: a sample from one column would be far off
+    kept = {"a": _llaca.sampled(start), "b": _llaca.sampled(start[:3])}
+    assert kept["a"].numel() == _llaca.SAMPLE and kept["b"].numel() == 3 * 128
+    far = _llaca.distances(kept, {"a": now, "b": now[:3]})
+    assert far[0].item() == pytest.approx((now - start).abs().sum().item(), rel=0.05)  # 4,093 of 524,288
+    assert far[1].item() == pytest.approx((now[:3] - start[:3]).abs().sum().item(), rel=1e-5)
+
+
+def test_who_waits_is_told_how_far_the_average_came(tmp_path: Path) -> None:
+    class Notes(Silent):
+        notes: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    store = RunDir.open(tmp_path / "run", {"method": "x"})
+    run(FakeModel(), stream(), build(["lora", "llaca"]), Optim(steps=3, batch_size=4), store, watch=Notes())
+    second = stream().tasks[1].name
+    said = [n for n in Notes.notes if n.startswith(f"{second}, llaca: the average ended")]
+    assert len(said) == 1 and "reach R" in said[0]
+
+
+# -- rates that do not depend on size ---------------------------------------------------------------------------
+
+
+def five(*shape: int, moves: bool = False, seed: int = 3) -> Five:
+    rng = torch.Generator().manual_seed(seed)
+    made = [torch.randn(shape, generator=rng) * s for s in (1e-2, 1e-2, 1e-3, 1e-3, 1e-2)]
+    return Five(*made[:4], made[4] if moves else None)
+
+
+def tiled(f: Five, n: int) -> Five:
+    return Five(*(None if t is None else t.repeat(n, 1) for t in f))
+
+
+@pytest.mark.parametrize("variant", ["official", "paper", "bounded"])
+def test_a_tensor_and_its_tiling_have_one_rate(variant: str) -> None:
+    """By means a rate does not depend on size; by sums it does, except where it has none (bounded)."""
+    spec = VARIANTS[variant]
+    one = five(12, 4, moves=spec.moves, seed=6)
+    both = [one, tiled(one, 50)]
+    sums_SK = sums(both, spec.inner)
+    means_SK = sums_SK if spec.inner else as_released(sums_SK, [f.theta.numel() for f in both])
+    kappa = {"official": 3e3, "paper": 0.2, "bounded": 0.03}[variant]
+    alpha_K, fell_K = spec.rates(means_SK, kappa, 0.01)
+    assert not fell_K.any() and alpha_K[0].item() == pytest.approx(alpha_K[1].item(), rel=1e-4)
+    if variant == "official":
+        a = [x.flatten().double().tolist() for x in one[:4]]
+        assert alpha_K[0].item() == pytest.approx(reference.means_alpha(*a, kappa=kappa), rel=1e-4)
+        by_sums, _ = spec.rates(sums_SK, 1e-6, 0.5)
+        assert by_sums[0] > 40 * by_sums[1]
+
+
+@pytest.mark.parametrize("variant", ["official", "paper"])
+def test_means_are_the_released_rule_at_the_released_size(variant: str) -> None:
+    """LoRA of rank 128 on a hidden size of 4,096: every factor is 1, so the arithmetic is that of the sums, bit for bit."""
+    f = five(128, 4096, moves=variant == "paper")
+    sums_SK = sums([f], False)
+    assert torch.equal(as_released(sums_SK, entries([f.theta.numel()], None)), sums_SK)
+
+
+@pytest.mark.parametrize("per", ["tensor", "layer", "adapter"])
+def test_tensors_of_a_layer_or_an_adapter_share_a_rate(per: str) -> None:
+    part, model, _ = trajectory("official", per=per, fallback=0.5)
+    keys = list(model.adapters.trainable())
+    bank = model.adapters
+    groups: dict[Any, list[str]] = {}
+    for key in keys:
+        site = bank.sites[key.split("/", 1)[1].rpartition(".")[0]]
+        group = {"tensor": key, "adapter": 0, "layer": site.group if site.layer is None else site.layer}[per]
+        groups.setdefault(group, []).append(key)
+    assert len(groups) == {"tensor": len(keys), "layer": 3, "adapter": 1}[per]
+    for together in groups.values():  # the formula on all their entries as one tensor
+        weights = [[x for k in together for x in w[k].flatten().tolist()] for w in part.seen_after]
+        grads = [[x for k in together for x in g[k].flatten().tolist()] for g in part.seen_grads]
+        E = list(weights[0])
+        for t in range(1, len(weights)):
+            E = reference.official_step(weights[t], E, grads[t], grads[t - 1], fallback=0.5)
+        ours = torch.cat([bank.trainable()[k].detach().flatten() for k in together]).double()
+        torch.testing.assert_close(ours, torch.tensor(E, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+
+
+def test_the_released_bf16_average_stands_still() -> None:
+    """Weights go a way of a tenth of their size in 320 steps, as in tuning; both averages take 1 % a step."""
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randn(1000, generator=rng)
+    end = start * (1 + 0.1 * torch.rand(1000, generator=rng))
+    averages = {kind: start.to(dtype, copy=True) for kind, dtype in SHADOWS.items()}
+    for t in range(320):
+        theta = start + (end - start) * (t + 1) / 320
+        for average in averages.values():
+            _llaca.towards(average, theta, 0.01)
+    way = (end - start).abs().sum()
+    gone = {k: float((a.float() - start.to(a.dtype).float()).abs().sum() / way) for k, a in averages.items()}
+    assert gone["fp32"] == pytest.approx(0.7, abs=0.05)  # it lags by 100 steps of 320
+    assert gone["bf16"] < 0.1 and averages["bf16"].dtype == torch.bfloat16
+
+
+def test_a_bf16_average_is_kept_and_rounds_as_released() -> None:
+    model = trajectory("official", shadow="bf16", kappa=0.05)[1]
+    full = trajectory("official", kappa=0.05)[1]
+    for p in model.adapters.trainable().values():
+        assert torch.equal(p, p.bfloat16().float())
+    assert any(
+        not torch.equal(p, q)
+        for p, q in zip(model.adapters.trainable().values(), full.adapters.trainable().values(), strict=True)
+    )
+    average, theta = torch.tensor([1.0]).bfloat16(), torch.tensor([1.5])
+    _llaca.towards(average, theta, torch.tensor(0.01))
+    a = np.float32(0.99)  # (1 - alpha) E and alpha p are rounded to eight bits, then their sum
+    want = (torch.tensor(a * 1.0).bfloat16() + torch.tensor(0.015).bfloat16()).item()
+    assert average.item() == want
+
+
+# -- what was there before ------------------------------------------------------------------------------------------
+
+
+def test_settings_of_earlier_folders_are_those_of_the_defaults() -> None:
+    """Fields that came later are written only where they say something: an old folder is that of the same recipe."""
+    assert set(Llaca().config()) == {"variant", "kappa", "fallback", "first_task", "log_every"}
+    assert Llaca(scale="means", per="layer").config()["scale"] == "means"
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on() -> None:
+    part, _, ctx = stepped("projector")
+    new = part.state_dict()
+    old = {k: v for k, v in new.items() if k not in ("average", "start")}
+    old |= {"shadow": new["average"], "tally": new["tally"][:4]}
+    again, events = Llaca(first_task=True), list[dict[str, Any]]()
+    again.start = part.start  # as `fit` does: the task begins, then the state is put in place
+    again.load_state_dict(old)
+    assert again.average.keys() == part.average.keys()
+    ctx.log = lambda **e: events.append(e)
+    again.end_task(ctx)
+    assert "reach" not in events[-1] and "gone" in events[-1]  # the steps before were not measured
+    assert all("reach" not in g for g in events[-1]["groups"].values())
+
+
+def test_means_of_a_variant_without_sums_are_refused() -> None:
+    with pytest.raises(RetainError, match=r"llaca\.scale.*bounded"):
+        Llaca(variant="bounded", scale="means")
+    for option in ("scale", "per", "shadow"):
+        with pytest.raises(RetainError, match=rf"llaca\.{option}: 'all' is none of"):
+            Llaca(**{option: "all"})

@@ -246,12 +246,17 @@ def test_rates_per_tensor_group_as_llaca_logs_them(runs: dict[str, Path], tmp_pa
     log = {"method": "llaca", "task": "garments", "groups": groups}
     lines = [json.dumps({**log, "step": step}) + "\n" for step in range(10)]
     with (path / "events.jsonl").open("a") as f:
-        f.write("".join(lines) + json.dumps({**log, "kind": "rates_of_task"}) + "\n")
+        f.write(
+            "".join(lines) + json.dumps({**log, "kind": "rates_of_task", "verdict": "it is <half>"}) + "\n"
+        )
     found = training(load_run(path))
     curves = found.logs["llaca"]
     assert set(curves) == {"median", "fallback"} and len(curves["median"]["lora.lora_A"]) == 10
     table = found.tables["llaca, rates of task"]
     assert [row["groups"] for row in table] == list(groups) and table[0]["fallback"] == "0.25"
+    assert found.verdicts == [("llaca", "garments", "it is <half>")] and "verdict" not in table[0]
+    html, parsed = page([load_run(path).path], tmp_path)
+    assert "llaca, garments: it is <half>." in parsed.text and "<half>" not in html
 
 
 def test_routing_is_the_mean_weight_per_task(runs: dict[str, Path]) -> None:

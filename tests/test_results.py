@@ -163,6 +163,27 @@ def test_the_script_knows_every_recipe_and_real_orders() -> None:
     assert table.ORDERS["reversed"].split() == list(reversed(ORDER))
 
 
+def test_every_setting_has_its_recipes_orders_and_page(tmp_path: Path) -> None:
+    table = script()
+    for name, setting in table.SETTINGS.items():
+        assert sorted(table.recipes(setting)) == sorted(
+            p.stem for p in (ROOT / "recipes" / name).glob("*.yaml")
+        )
+    long = table.SETTINGS["pocket_long"]
+    tasks = yaml.safe_load((ROOT / "recipes" / "pocket_long" / "lora.yaml").read_text())["stream"]["pocket"][
+        "order"
+    ]
+    assert long.orders["reversed"].split() == tasks[::-1]
+    steps = {
+        yaml.safe_load(p.read_text())["optim"]["steps"]
+        for p in (ROOT / "recipes" / "pocket_long").glob("*.yaml")
+    }
+    assert steps == {320}
+    out, args = table.arguments("ema_099", 1, "reversed", tmp_path, [], long)
+    assert out == tmp_path / "ema_099.reversed-1" and args[1].endswith("recipes/pocket_long/ema_099.yaml")
+    assert "stream.pocket.order=[digits, counting, garments, charts]" in args
+
+
 def test_the_folder_says_recipe_order_and_seed(tmp_path: Path) -> None:
     table = script()
     out, plain = table.arguments("lora", 3, "default", tmp_path, [])

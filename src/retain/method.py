@@ -166,8 +166,10 @@ class Method:
                 setattr(self, f.name, f.default_factory() if f.default_factory is not MISSING else f.default)
 
     def config(self) -> dict[str, Any]:
-        """The hyper-parameters, as the recipe writes them."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        """The hyper-parameters, as the recipe writes them; one that came LATER only where it is not at its default."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        later = {f.name: f.default for f in fields(self) if f.metadata.get("later")}
+        return {k: v for k, v in given.items() if k not in later or v != later[k]}
 
     def owns(self, hook: str) -> list[str]:
         """Names of the parts that override a hook."""

@@ -80,3 +80,37 @@ def paper_run(weights: list[list[float]], grads: list[list[float]]) -> list[floa
     return [
         0.99 * y + 0.01 * x for x, y in zip(weights[-1], E, strict=True)
     ]  # no gradient there: the fallback
+
+
+RELEASED = 128 * 4096  # entries of most LoRA tensors of the released runs
+
+
+def at_released_size(xs: list[float]) -> float:
+    """The L1 norm that a tensor with this mean absolute entry has at the released size."""
+    return RELEASED * sum(abs(x) for x in xs) / len(xs)
+
+
+def means_alpha(
+    p: list[float], E: list[float], g: list[float], g_prev: list[float], kappa: float = 2.0
+) -> float:
+    """The official ratio with every norm as at the released size."""
+    d = at_released_size([x - y for x, y in zip(p, E, strict=True)])
+    dg = at_released_size([x - y for x, y in zip(g, g_prev, strict=True)])
+    return kappa * (1 + at_released_size(g)) / (d * dg)
+
+
+def reach(
+    tensors: list[tuple[list[list[float]], list[list[float]]]], starts: list[list[float]], kappa: float = 2.0
+) -> float:
+    """R over tensors of (weights after each step, gradients): the way asked for over the way of the weights.
+
+    The way asked for in a step is kappa (1 + |g|) / |g - g_prev|; updates begin with the second step, and one
+    whose gradient did not change asks for no number.
+    """
+    asked = way = 0.0
+    for (weights, grads), start in zip(tensors, starts, strict=True):
+        for t in range(1, len(grads)):
+            change = l1([x - y for x, y in zip(grads[t], grads[t - 1], strict=True)])
+            asked += kappa * (1 + l1(grads[t])) / change if change else 0.0
+        way += l1([x - y for x, y in zip(weights[-1], start, strict=True)])
+    return asked / way

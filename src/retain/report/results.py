@@ -18,14 +18,17 @@ MERGED = ("Last", "Unseen")
 """What is tested: on a stream with unseen tasks, the learned and the unseen ones at the end."""
 
 
-def write_results(folder: Path, out: Path) -> Path:
-    """Fill the part between `<!-- begin:measured -->` and its end in `out` from the finished runs under `folder`."""
+def write_results(folder: Path, out: Path, command: str = "make pocket-table") -> Path:
+    """Fill the part between `<!-- begin:measured -->` and its end in `out` from the finished runs under `folder`.
+
+    `command` is what the page says it was made by.
+    """
     runs = load_runs(sorted(p.parent for p in folder.glob("*/DONE")))
     sections: dict[str, list[Run]] = {"": []}  # the pocket's default order first
     for run in runs:
         sections.setdefault(section_name(run), []).append(run)
     parts = [
-        f"Made from {len(runs)} runs by `make pocket-table`; mean ± sample standard deviation over seeds. Routed: share "
+        f"Made from {len(runs)} runs by `{command}`; mean ± sample standard deviation over seeds. Routed: share "
         "of test samples that an adapter trained on their task answered, after the last task (a blend counts as its "
         "heaviest adapter). Stored: adapters and method state at the end.\n"
     ]

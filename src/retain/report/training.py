@@ -13,6 +13,7 @@ from retain.report.load import Record, Run
 Points = list[tuple[float, float]]
 _OURS = frozenset(
     {"time", "kind", "task", "step", "loss", "losses", "first", "lr", "who", "method", "name", "row", "n"}
+    | {"verdict"}
 )
 _LOOP = frozenset({"step", "stage", "cell", "row", "note"})  # kinds of event that are not a method's
 _SHORT = 200  # rows of a table of logs, the last ones
@@ -23,7 +24,7 @@ class Training:
     """Curves over the step of the stream (tasks one after another, from 0).
 
     `stages` are (task, first step, end). `logs[who][field][line]` are points; a field that is a number has
-    one line "".
+    one line "". `verdicts` are (who, task, sentence): what a method says of its own work.
     """
 
     stages: list[tuple[str, float, float]] = field(default_factory=list)
@@ -31,6 +32,7 @@ class Training:
     rates: dict[str, Points] = field(default_factory=dict)
     logs: dict[str, dict[str, dict[str, Points]]] = field(default_factory=dict)
     tables: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    verdicts: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 def training(run: Run) -> Training:
@@ -42,6 +44,10 @@ def training(run: Run) -> Training:
         at = starts.get(str(event.get("task")), (0.0, 0.0))[0]
         if event.get("kind") == "step":
             _add_step(out, event, at)
+        if isinstance(said := event.get("verdict"), str):
+            out.verdicts.append(
+                (str(event.get("method", event.get("who", ""))), str(event.get("task", "")), said)
+            )
     for who, records in _logs(events).items():
         _add_log(out, who, records, starts)
     return out
@@ -141,7 +147,7 @@ def _finite(value: Any) -> bool:
 
 def _table_rows(record: Record) -> list[dict[str, str]]:
     """A log as rows of text: one, or one per key where a field is {key: {field: value}}."""
-    body = {k: v for k, v in record.items() if k not in ("time", "kind", "who", "method")}
+    body = {k: v for k, v in record.items() if k not in ("time", "kind", "who", "method", "verdict")}
     tables = [
         k
         for k, v in body.items()

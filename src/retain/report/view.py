@@ -187,11 +187,18 @@ def group_budget(groups: Sequence[Group]) -> View:
 
 def training_view(t: Training) -> View | None:
     """Loss, learning rates and method logs as plots."""
-    if not (t.loss or t.rates or t.logs or t.tables):
+    if not (t.loss or t.rates or t.logs or t.tables or t.verdicts):
         return None
     end = max([stage[2] for stage in t.stages] or [1.0])
     x = Axis(0, end)
-    out: View = {"loss": None, "rates": None, "rate_names": "", "logs": [], "tables": []}
+    out: View = {
+        "loss": None,
+        "rates": None,
+        "rate_names": "",
+        "logs": [],
+        "tables": [],
+        "verdicts": t.verdicts,
+    }
     if t.loss:
         y = figures.axis([v for _, v in t.loss], log=True)
         lines = [Line(thin(t.loss), "raw"), Line(thin(_smooth_by_stage(t)), "s1")]

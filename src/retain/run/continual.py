@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -222,7 +223,7 @@ def _train(r: Running, row: Row, task: Task, seen: list[str], before: Row | None
     else:
         empty(r.model.adapters)
         r.method.reset()
-    ctx = Context(r.model, task, r.stream, list(seen), r.seed, log=r.store.event)
+    ctx = Context(r.model, task, r.stream, list(seen), r.seed, log=partial(_event, r))
     r.watch.stage(task.name, r.optim.n_steps(len(task.train)))
     r.store.event(kind="stage", task=task.name, samples=len(task.train))
     slots = row.checkpoints(r.model.device)
@@ -235,6 +236,13 @@ def _train(r: Running, row: Row, task: Task, seen: list[str], before: Row | None
     if r.engine.main:
         row.save_model(r.model.adapters, r.method, {**_cost(r, stats), "learned": learned}, before)
     r.engine.wait()
+
+
+def _event(r: Running, **fields: Any) -> None:
+    """An event of a task; what a method says of its own work is shown too."""
+    r.store.event(**fields)
+    if "verdict" in fields:
+        r.watch.note(f"{fields.get('task')}, {fields.get('method')}: {fields['verdict']}")
 
 
 def _evaluate(r: Running, row: Row, method: Method | None, seen: list[str]) -> dict[str, Cell]:
