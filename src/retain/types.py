@@ -55,8 +55,10 @@ class Message:
     at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.at:
+            return
         fits = len(self.at) == self.images and list(self.at) == sorted(self.at)
-        if self.at and not (fits and self.at[0] >= 0 and self.at[-1] <= len(self.text)):
+        if not (fits and self.at[0] >= 0 and self.at[-1] <= len(self.text)):
             raise RetainError(
                 f"message {self.text[:40]!r}: {self.images} images need as many ascending offsets into its "
                 f"{len(self.text)} characters, not {list(self.at)}"

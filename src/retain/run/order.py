@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,19 @@ from retain.method import Context
 from retain.models.base import Model
 from retain.types import Examples
 
-if TYPE_CHECKING:
-    from retain.run.train import Optim
+
+class Sizes(Protocol):
+    """What is asked of `retain.run.train.Optim`."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def steps(self) -> int | None: ...
+    @property
+    def epochs(self) -> float: ...
+    @property
+    def group_by_length(self) -> bool: ...
+
 
 GROUP = 8  # batches that samples of similar length are sought in
 
@@ -66,7 +77,7 @@ class Order(Sequence[list[int]]):
         return [rows[i * self.size : (i + 1) * self.size] for i in self.shuffles[k]]
 
 
-def batches(model: Model, examples: Examples, ctx: Context, optim: Optim, n_steps: int) -> Order:
+def batches(model: Model, examples: Examples, ctx: Context, optim: Sizes, n_steps: int) -> Order:
     """The rows of every step: epoch after epoch, each in a random order of its own.
 
     With `group_by_length`, samples of similar length meet in one batch (sorted within runs of 8 batches, then
