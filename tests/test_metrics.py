@@ -407,6 +407,20 @@ def test_permutation_p_monte_carlo_agrees_with_t() -> None:
     assert p == pytest.approx(stats.ttest_1samp(d, 0).pvalue, abs=0.01)  # error of 20k draws: 0.0015
 
 
+def test_a_drawn_p_counts_the_pattern_that_was_seen() -> None:
+    """(hits + 1) / (draws + 1), Phipson and Smyth 2010: never 0. All patterns: their share, 2 of 2^3 at the least."""
+    d = [1.0 + 0.01 * i for i in range(40)]  # 2 of 2^40 patterns are as large: no draw is
+    assert permutation_p(d, np.random.default_rng(0), 999) == pytest.approx(1 / 1000, abs=1e-12)
+    assert permutation_p(d[:3], np.random.default_rng(0)) == pytest.approx(2 / 8)
+    assert permutation_p([1.0, 1.0, -1.0], np.random.default_rng(0)) == pytest.approx(1.0)
+
+
+def test_two_runs_that_differ_in_every_sample_have_the_smallest_p_there_is() -> None:
+    a, b = sampled(gain=1.0), sampled(seed=1, gain=-1.0)
+    found = compare_runs(a, b, np.random.default_rng(0), resamples=50, permutations=199)
+    assert min(c.p for c in found if c.p is not None) == pytest.approx(1 / 200)
+
+
 def test_paired_t_is_scipys() -> None:
     d = [0.3, 1.2, -0.4, 0.9, 0.8]
     low, high, p = paired_t(d)

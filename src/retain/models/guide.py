@@ -155,6 +155,7 @@ class _Clip:
             raise RetainError(
                 f"guide {name!r} is no CLIP model with tokenizer and image processor: {error}"
             ) from error
+        self.model.float()  # here, since Hugging Face keeps the type of the checkpoint: features are fp32
         self.device = device
         self.width = int(self.model.config.projection_dim)
         self.max_tokens = int(self.model.config.text_config.max_position_embeddings)
