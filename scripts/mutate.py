@@ -40,7 +40,7 @@ SILENT = {"strict", "device", "names", "backend", "local_files_only", "return_te
 """Keywords whose absence no correct run can show."""
 UNTOUCHED = {"log", "field", "RetainError"}
 """Calls that are left as they are: what a run tells, and declarations."""
-COMMUTE = {"_foreach_mul", "maximum", "minimum", "isclose", "gcd"}
+COMMUTE = {"min", "max", "sdot", "_foreach_mul", "maximum", "minimum", "isclose", "gcd"}
 
 
 @dataclass(frozen=True)

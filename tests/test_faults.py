@@ -365,10 +365,10 @@ def test_the_rates_and_fallbacks_that_are_told_are_those_of_the_formula() -> Non
     for step in range(6):
         ctx.step = step
         now: dict[str, list[tuple[float, float]]] = {}
-        # the projector moves far, LoRA a little: the first has rates inside (0, 1), the second falls back
+        # the projector and the second layer move far and have rates inside (0, 1), the first falls back
         for key, p in model.adapters.trainable().items():
-            rng = torch.Generator().manual_seed(100 * step + len(key))
-            size = 3.0 if "projector" in key else 0.01
+            rng = torch.Generator().manual_seed(100 * step + sum(map(ord, key)))
+            size = 0.01 if ".0.up." in key else 3.0
             p.data += size * torch.randn(p.shape, generator=rng)
             p.grad = torch.randn(p.shape, generator=rng)
             theta, g = (t.detach().flatten().double().tolist() for t in (p, p.grad))
@@ -399,9 +399,8 @@ def test_the_rates_and_fallbacks_that_are_told_are_those_of_the_formula() -> Non
     for name in told[0]:
         share = np.mean([f for now in told for _, f in now[name]])
         assert whole[name]["fallback"] == pytest.approx(share)
-    assert {g["fallback"] for g in whole.values()} >= {1.0} and min(
-        g["fallback"] for g in whole.values()
-    ) < 0.5
+    shares = [g["fallback"] for g in whole.values()]
+    assert min(shares) < 0.2 and any(0.4 < s < 0.8 for s in shares)
 
 
 # -- mergers -------------------------------------------------------------------------------------------------

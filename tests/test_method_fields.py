@@ -1,0 +1,150 @@
+"""What a recipe that names no number gets, and what no recipe may say: a table of each, for every method."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from fake_model import FakeModel, context, stream
+from retain.merge.patch import patched
+from retain.method import available, build
+from retain.methods.llaca import VARIANTS
+from retain.types import RetainError
+
+# The papers' constants, and where none is known the one that our documentation names; not read from the code.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cofima": {"lam": 0.4, "n_samples": 256, "space": "deltas", "clip": 1.0},
+    "disco": {"tau": 0.9, "eps": 0.05, "image_weight": 0.0, "token_samples": 0},
+    "ema": {"beta": 0.99},
+    "ewc": {"lam": 5000.0, "n_samples": 200, "per_sample": True, "anchors": "all"},
+    "gpm": {"threshold": 0.95, "n_samples": 125, "n_tokens": 32, "factors": "both"},
+    "hide": {"top_k": 1, "fusion": "factor_sum", "temperature": 0.1, "image_weight": 0.5, "text_weight": 0.5,
+             "coefficient": 1.0, "anchor_samples": 0},
+    "instruction_groups": {"threshold": 0.9, "init": "fresh", "text": "last_line", "match": "mean", "limit": 32},
+    "llaca": {"variant": "official", "kappa": None, "fallback": 0.01, "first_task": None, "log_every": 10},
+    "lora_per_task": {"init": "fresh", "router": "guide", "temperature": 0.0, "image_weight": 0.5,
+                      "anchor_samples": 1000},
+    "lorahub": {"steps": 40, "shots": 5, "l1": 0.05, "box": 1.5, "space": "factors"},
+    "lwf": {"weight": 1.0, "temperature": 2.0},
+    "merge_after_task": {"merger": "coma"},
+    "merge_tasks": {"merger": "copa", "keep": "cat", "rank": 0},
+    "modal_prompt": {"image_weight": 0.5, "prototype_weight": 1.0},
+    "model_tailor": {"sparsity": 0.9, "sensitivity": "obs", "decorate": True, "sign": -1, "samples": 128, "rank": 0,
+                     "projector": "patch"},
+    "o_lora": {"weight": 0.5, "l2_weight": 0.0, "forward": "all"},
+    "replay": {"size": 200, "strategy": "reservoir", "ratio": 0.0},
+}  # fmt: skip
+
+# Values that are refused; beside each those at the edge that are allowed.
+REFUSED: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
+    "cofima": {"lam": ([-0.1, 1.1], [0.0, 1.0]), "n_samples": ([0], [1]), "clip": ([0.0, 1.1], [0.01, 1.0]),
+               "space": (["x"], ["factors"])},
+    "disco": {"eps": ([0.0, -1.0], [1e-6]), "image_weight": ([-0.1, 1.1], [0.0, 1.0]), "token_samples": ([-1], [0, 1]),
+              "tau": ([], [-1.0, 2.0])},
+    "ema": {"beta": ([-0.1, 1.0, 1.5], [0.0, 0.999])},
+    "ewc": {"lam": ([-1.0], [0.0]), "n_samples": ([0], [1]), "anchors": (["both"], ["single"])},
+    "gpm": {"threshold": ([-0.1, 1.1], [0.0, 1.0]), "n_samples": ([0], [1]), "n_tokens": ([0], [1]),
+            "factors": (["B"], ["A"])},
+    "hide": {"top_k": ([-1], [0]), "temperature": ([-0.1], [0.0]), "image_weight": ([-0.1], [0.0, 3.0]),
+             "text_weight": ([-0.1], [0.0, 3.0]), "anchor_samples": ([-1], [0, 1]), "fusion": (["sum"], ["delta_sum"])},
+    "instruction_groups": {"init": (["warm"], ["previous"]), "text": (["line"], ["question", "format"]),
+                           "match": (["best"], ["max"]), "limit": ([0], [1])},
+    "llaca": {"variant": (["x"], ["paper", "bounded"]), "kappa": ([-0.1, True], [0.0, 0.5]),
+              "fallback": ([0.0, 1.1], [1.0]), "log_every": ([0], [1]), "first_task": (["yes"], [True, False])},
+    "lora_per_task": {"init": (["warm"], ["previous"]), "router": (["x"], ["oracle", "last", "none"]),
+                      "temperature": ([-0.1], [0.0]), "image_weight": ([-0.1, 1.1], [0.0, 1.0]),
+                      "anchor_samples": ([0], [1])},
+    "lorahub": {"steps": ([0], [1]), "shots": ([0], [1]), "l1": ([-0.1], [0.0]), "box": ([0.0, -1.0], [0.1]),
+                "space": (["x"], ["deltas"])},
+    "lwf": {"weight": ([-0.1], [0.0]), "temperature": ([0.0, -1.0], [0.1])},
+    "merge_after_task": {"weights": ([[1.0], [1.0, 1.0, 1.0], ["a", 1.0], [True, 1.0]], [[1.0, 2.0], []])},
+    "merge_tasks": {"keep": (["x"], ["svd"]), "rank": ([-1], [0, 1]), "weights": ([["a"], [True]], [[1.0], []])},
+    "modal_prompt": {"image_weight": ([-0.1, 1.1], [0.0, 1.0]), "prototype_weight": ([-0.1], [0.0])},
+    "model_tailor": {"sparsity": ([-0.1, 1.1], [0.0, 1.0]), "samples": ([0], [1]), "rank": ([-1], [0, 1]),
+                     "sign": ([0, 2], [1]), "sensitivity": (["x"], ["code"]), "projector": (["x"], ["restore"])},
+    "o_lora": {"weight": ([-0.1], [0.0]), "l2_weight": ([-0.1], [0.0]), "forward": (["old"], ["current"])},
+    "replay": {"size": ([-1], [0]), "ratio": ([-0.1, 1.0], [0.0, 0.9]), "strategy": (["x"], ["per_task"])},
+}  # fmt: skip
+PAIRS = [(m, f) for m, of in REFUSED.items() for f in of]
+
+
+def test_every_method_with_fields_is_in_the_tables() -> None:
+    ours = {n: c for n, c in available().items() if c.__module__.startswith("retain.methods.")}
+    with_fields = {n for n, c in ours.items() if any(f.init for f in fields(c))}
+    assert with_fields <= set(DEFAULTS) and with_fields <= set(REFUSED)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_are_those_of_the_papers(name: str) -> None:
+    part = build(name)
+    assert {f: getattr(part, f) for f in DEFAULTS[name]} == DEFAULTS[name]
+
+
+def test_the_constants_of_llacas_variants_and_of_the_patch() -> None:
+    assert {n: v.kappa for n, v in VARIANTS.items()} == {"official": 2.0, "paper": 1.0, "bounded": 1.0}
+    assert {n: v.first_task for n, v in VARIANTS.items()} == {
+        "official": False,
+        "paper": True,
+        "bounded": True,
+    }
+    found = patched.__kwdefaults__
+    want = {
+        "sparsity": 0.9,
+        "sensitivity": "obs",
+        "decorate": True,
+        "sign": -1,
+        "w": 0.5,
+        "damp": 0.01,
+        "block": 128,
+    }
+    assert {k: found[k] for k in want} == want
+
+
+@pytest.mark.parametrize(("name", "field"), PAIRS)
+def test_what_is_out_of_range_is_refused_and_the_edge_is_not(name: str, field: str) -> None:
+    bad, good = REFUSED[name][field]
+    for value in bad:
+        with pytest.raises(RetainError, match=name):
+            build({name: {field: value}})
+    for value in good:
+        assert getattr(build({name: {field: value}}), field) == value
+
+
+# What is needed only while a task trains: as large as the adapters, so it is gone before the state is saved.
+DURING = {
+    "cofima": (["lora", {"cofima": {"n_samples": 2}}], {"before"}),
+    "ema": (["lora", "ema"], {"shadow"}),
+    "gpm": (["lora", {"gpm": {"n_samples": 2}}], {"guards"}),
+    "llaca": (["lora", {"llaca": {"variant": "paper"}}], {"shadow", "last_grad", "last_theta"}),
+    "lwf": (["lora", "lwf"], {"teacher"}),
+    "merge_after_task": (["lora", "merge_after_task"], {"before"}),
+    "model_tailor": ({"model_tailor": {"samples": 2}}, {"before"}),
+    "o_lora": ("o_lora", {"old"}),
+}
+
+
+@pytest.mark.parametrize("name", DURING)
+def test_nothing_of_a_task_stays_behind(name: str) -> None:
+    spec, gone = DURING[name]
+    method, model, during = build(spec), FakeModel(), set[str]()
+    for i, task in enumerate(stream()[:2]):
+        ctx = context(model, task.name, [t.name for t in stream()[:i]])
+        (part,) = (p for p in method.parts if p.name == name)
+        model.adapters.mix = method.adapt(ctx)
+        method.begin_task(ctx)
+        batch = model.collate(list(task.train[:4]), answers=True)
+        for step in range(3):
+            ctx.step = step
+            out = model(batch)
+            (out.loss + method.loss(ctx, batch, out)).backward()
+            method.grads(ctx)
+            for p in model.adapters.trainable().values():
+                p.data -= 0.1 * p.grad
+            method.after_step(ctx)
+        during |= {f for f in gone if getattr(part, f)}
+        method.end_task(ctx)
+        assert not [f for f in gone if getattr(part, f)]
+        assert not [n for n in model.adapters.names if n.startswith("lwf-")]
+    assert during == gone  # or the table asks for nothing
