@@ -19,8 +19,8 @@ without any similarity goes to the newest group, as there; but one below the thr
 group, not to the newest. (3) Two texts with nothing left after stop words raise there; here they are alike
 only if equal. (4) The codebook is capped (`limit` texts per task), since free-form questions would make it
 grow without end. `init`: the paper says a new group starts afresh (`fresh`), the released scripts start it
-from the previous checkpoint (`previous`). Thresholds in the code: 0.90 for CoIN's original instructions,
-0.30 for the diverse and ten-template ones.
+from the checkpoint of the previous task (`previous`), whichever group that was. Thresholds in the code: 0.90
+for CoIN's original instructions, 0.30 for the diverse and ten-template ones.
 """
 
 # B batch
@@ -118,9 +118,11 @@ class InstructionGroups(Method):
         group = max(scores, key=scores.__getitem__, default="")
         found = bool(scores) and scores[group] >= self.threshold
         if not found:
-            newest = next(reversed(self.codebook), None)
+            previous = next(
+                reversed(self.group_of.values()), None
+            )  # of the previous task, not the newest group
             group = f"group{len(self.codebook) + 1}"
-            bank.add(group, ctx.rng("instruction_groups"), like=newest if self.init == "previous" else None)
+            bank.add(group, ctx.rng("instruction_groups"), like=previous if self.init == "previous" else None)
         known = self.codebook.get(group, [])
         unseen = [t for t in new if t not in known]
         self.codebook = {**self.codebook, group: known + unseen}
