@@ -84,6 +84,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "metrics/grammar": ("tests/test_grammar.py", *METRICS),
     "metrics/numerals": ("tests/test_grammar.py", *METRICS),
     "metrics/choices": ("tests/test_grammar.py", *METRICS),
+    "metrics/scores": ("tests/test_scores.py", "tests/test_grammar.py", "tests/test_data.py"),
     "metrics/render": ("tests/test_metrics.py", "tests/test_report.py"),
     "models/guide": ("tests/test_guide.py", "tests/test_hf.py", "tests/test_methods_modal_prompt.py"),
     "models/generate": ("tests/test_decoder.py", "tests/test_hf.py", "tests/test_stacked.py"),

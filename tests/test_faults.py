@@ -327,6 +327,23 @@ def test_a_new_group_starts_from_the_previous_task_or_afresh(init: str, equal: b
         shaken(model, i)
 
 
+def test_previous_is_the_last_task_and_not_the_newest_group() -> None:
+    """A, B, A, C: C starts from A, as the released scripts start from the previous checkpoint."""
+    part, model = InstructionGroups(init="previous"), FakeModel()
+    asked = ("name colour", "count shapes", "name colour", "read letters")
+    tasks = tuple(asks(f"t{i}", q) for i, q in enumerate(asked))
+    for i, task in enumerate(tasks):
+        ctx = Context(model, task, Stream("asked", tasks), [], seed=0, batch_size=4)
+        before = {n: model.adapters.state(n) for n in model.adapters.names}
+        (name,) = part.adapt(ctx).names
+        if i == 3:
+            state = model.adapters.state(name)
+            alike = [n for n, old in before.items() if all(torch.equal(state[k], old[k]) for k in state)]
+            assert alike == ["group1"] and name == "group3"
+        shaken(model, i)
+        part.end_task(ctx)
+
+
 # -- LLaCA ---------------------------------------------------------------------------------------------------
 
 

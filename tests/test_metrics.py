@@ -13,7 +13,7 @@ from scipy import stats
 
 from retain.metrics import AccuracyMatrix, aggregate, compare_runs, compare_seeds, holm
 from retain.metrics import render as show
-from retain.metrics.compare import paired_t, permutation_p
+from retain.metrics.compare import _swap_cells, paired_t, permutation_p
 from retain.metrics.formulas import DEFINITIONS
 from retain.metrics.matrix import resample_means, spread
 from retain.types import RetainError
@@ -448,6 +448,26 @@ def test_a_better_run_is_found_and_the_swap_mirrors_it() -> None:
         )
         assert x.difference == pytest.approx(-y.difference) and x.low == pytest.approx(-y.high)
         assert x.p == pytest.approx(y.p)
+
+
+def test_swapping_two_runs_samples_conserves_their_sum_in_every_row() -> None:
+    """What one run loses the other gains; and a row moves away from its own mean, not from another scale's."""
+    a, b = sampled(gain=0.2), sampled(seed=3)
+    one, other = _swap_cells(a, b, np.random.default_rng(0), 400)
+    np.testing.assert_allclose(one + other, np.broadcast_to(a.values + b.values, one.shape), atol=1e-9)
+    sd = abs(a.samples["t0"] - b.samples["t0"]).std(axis=1) + abs(a.samples["t0"] - b.samples["t0"]).mean(axis=1)
+    middle = (a.values + b.values)[:, 0] / 2
+    assert (abs(one[:, :, 0].mean(axis=0) - middle) < 5 * sd / 2 / np.sqrt(200 * 400)).all()
+
+
+def test_a_matrix_may_be_built_from_lists() -> None:
+    m = AccuracyMatrix(["a"], np.zeros((2, 2)), ["b"])  # type: ignore[arg-type]
+    assert m.tasks == ("a",) and m.unseen == ("b",) and m.all_tasks == ("a", "b") and m.column("b") == 1
+
+
+def test_a_run_of_another_stream_is_named_by_its_place() -> None:
+    with pytest.raises(RetainError, match=r"^run 2 has tasks \['a', 'c'\], run 0 has"):
+        aggregate([lower([[1.0], [1.0, 2.0]], tasks=t) for t in (("a", "b"), ("a", "b"), ("a", "c"))])
 
 
 def test_swapping_whole_samples_is_the_sign_flip_test() -> None:
