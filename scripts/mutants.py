@@ -79,7 +79,11 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "methods/replay": ("tests/test_methods_data_routes.py", "tests/test_laws.py::replay"),
     "methods/zero_shot": ("tests/test_laws.py::zero_shot",),
     "merge/folders": ("tests/test_merge_folders.py", "tests/test_merge_cli.py"),
-    "merge/patch": ("tests/test_faults.py", "tests/test_model_tailor.py", "tests/test_methods_model_tailor.py"),
+    "merge/patch": (
+        "tests/test_faults.py",
+        "tests/test_model_tailor.py",
+        "tests/test_methods_model_tailor.py",
+    ),
     "merge/search": ("tests/test_merge.py", *MERGING),
     "metrics/grammar": ("tests/test_grammar.py", *METRICS),
     "metrics/numerals": ("tests/test_grammar.py", *METRICS),

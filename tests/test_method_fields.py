@@ -6,9 +6,11 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from fake_model import FakeModel, context, stream
+from retain.adapters.prompt import PromptSpec
 from retain.merge.patch import patched
 from retain.method import available, build
 from retain.methods.llaca import VARIANTS
@@ -113,6 +115,28 @@ def test_what_is_out_of_range_is_refused_and_the_edge_is_not(name: str, field: s
             build({name: {field: value}})
     for value in good:
         assert getattr(build({name: {field: value}}), field) == value
+
+
+@pytest.mark.parametrize("spec", [["lora", "ewc"], {"o_lora": {"l2_weight": 0.1}}, "modal_prompt"], ids=str)
+def test_a_term_of_the_loss_is_fp32_whatever_the_forward_runs_in(spec: Any) -> None:
+    """The training loop asks for it within autocast; its own arithmetic must not be the one of the forward."""
+    prompts = PromptSpec(tokens=2, at_once=2) if spec == "modal_prompt" else None
+    method, model = build(spec), FakeModel(prompts)
+    for i, task in enumerate(stream()[:2]):
+        ctx = context(model, task.name, [t.name for t in stream()[:i]])
+        model.adapters.mix = method.adapt(ctx)
+        method.begin_task(ctx)
+        rng = torch.Generator().manual_seed(i)
+        for p in model.adapters.trainable().values():
+            p.data += 0.3 * torch.randn(p.shape, generator=rng)
+        if i == 0:
+            method.end_task(ctx)
+    batch = model.collate(list(task.train[:4]), answers=True)
+    out = model(batch)
+    plain = torch.as_tensor(method.loss(ctx, batch, out))
+    with torch.autocast("cpu", torch.bfloat16):
+        term = torch.as_tensor(method.loss(ctx, batch, out))
+    assert plain > 0 and term.dtype == torch.float32 and torch.equal(term, plain)
 
 
 # Stacks with a part that needs tensors while a task trains; beside each, the state that it keeps for later tasks.

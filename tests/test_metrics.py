@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -455,7 +456,9 @@ def test_swapping_two_runs_samples_conserves_their_sum_in_every_row() -> None:
     a, b = sampled(gain=0.2), sampled(seed=3)
     one, other = _swap_cells(a, b, np.random.default_rng(0), 400)
     np.testing.assert_allclose(one + other, np.broadcast_to(a.values + b.values, one.shape), atol=1e-9)
-    sd = abs(a.samples["t0"] - b.samples["t0"]).std(axis=1) + abs(a.samples["t0"] - b.samples["t0"]).mean(axis=1)
+    sd = abs(a.samples["t0"] - b.samples["t0"]).std(axis=1) + abs(a.samples["t0"] - b.samples["t0"]).mean(
+        axis=1
+    )
     middle = (a.values + b.values)[:, 0] / 2
     assert (abs(one[:, :, 0].mean(axis=0) - middle) < 5 * sd / 2 / np.sqrt(200 * 400)).all()
 
@@ -463,6 +466,13 @@ def test_swapping_two_runs_samples_conserves_their_sum_in_every_row() -> None:
 def test_a_matrix_may_be_built_from_lists() -> None:
     m = AccuracyMatrix(["a"], np.zeros((2, 2)), ["b"])  # type: ignore[arg-type]
     assert m.tasks == ("a",) and m.unseen == ("b",) and m.all_tasks == ("a", "b") and m.column("b") == 1
+
+
+def test_two_runs_have_a_spread_in_every_cell() -> None:
+    two = [lower([[1.0], [2.0, 5.0]]), lower([[3.0], [2.0, 8.0]])]
+    made = aggregate(two)
+    assert made.std[1, 0] == pytest.approx(math.sqrt(2)) and made.std[2, 1] == pytest.approx(3 / math.sqrt(2))
+    assert np.isnan(aggregate(two[:1]).std).all()
 
 
 def test_a_run_of_another_stream_is_named_by_its_place() -> None:
