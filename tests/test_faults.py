@@ -183,17 +183,18 @@ def test_a_reservoir_of_one_keeps_the_nth_with_chance_one_in_n() -> None:
     assert abs(last / draws - 1 / n).max() < 0.04  # five standard deviations
 
 
-def test_a_buffer_remembers_how_many_it_met() -> None:
-    """Every task of the past has its share, not only the last one; the first `size` examples fill it."""
+@pytest.mark.parametrize("size", [1, 6])
+def test_a_buffer_remembers_how_many_it_met(size: int) -> None:
+    """Every task of the past has its share, not only the last one, nor the one that came first to a slot."""
     model, shares = FakeModel(), dict.fromkeys((t.name for t in STREAM), 0)
-    for seed in range(40):
-        part = Replay(size=6)
+    for seed in range(240 // size):
+        part = Replay(size=size)
         for n, task in enumerate(shares, start=1):
             part.end_task(at(model, task, seed=seed))
-            assert part.n_met == 24 * n and len(part.buffer) == 6
+            assert part.n_met == 24 * n and len(part.buffer) == size
         for e in part.buffer:
             shares[e.id.split("-")[0]] += 1
-    # 80 each of 240; at most 7.3 by chance (one standard deviation), samples of one task are not drawn twice
+    # 80 each of 240; 7.3 by chance (one standard deviation), samples of one task are not drawn twice
     assert all(abs(n - 80) < 37 for n in shares.values()), shares
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from retain.metrics import SCORES, score
 from retain.metrics import captions as cap
 from retain.metrics.compat import COMPAT
-from retain.metrics.scorer import per_sample
+from retain.metrics.scorer import Scorer, per_sample
 from retain.metrics.scores import STRICT, parse_choice, soft_accuracy
 from retain.metrics.text import CONTRACTIONS, evalai, normal, numbers, parse_box
 from retain.stream import Score
@@ -97,6 +98,14 @@ def test_the_registry_names_the_nearest_and_the_choices() -> None:
         score("exat")
     assert all(name == s.name for name, s in SCORES.items())
     assert all(name.startswith("compat_") for name in COMPAT) and not set(COMPAT) & set(STRICT)
+
+
+def test_a_scorer_of_ones_own_gives_nothing_for_an_empty_answer_unless_it_says_so() -> None:
+    def always(texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        return [100.0] * len(texts)
+
+    assert Scorer("mine", "100", always)(["", "  ", "x"], [ex("a")] * 3) == [0, 0, 100]
+    assert Scorer("mine", "100", always, strict=False)(["", "  ", "x"], [ex("a")] * 3) == [100, 100, 100]
 
 
 def test_the_blank_rule_does_not_rest_on_the_judges() -> None:
