@@ -9,7 +9,7 @@ DEMO := lora replay llaca
 ARGS ?=  # overrides for the demo, such as ARGS="optim.steps=5"
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-all check format bench docs pocket-table $(DEMO:%=demo-%)
+.PHONY: help venv demo test test-all check format bench docs mutants pocket-table $(DEMO:%=demo-%)
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 16
@@ -36,6 +36,9 @@ test: venv  ## the default suite
 
 test-all: venv  ## the default suite and the tests that take minutes
 	$(BIN)/python -m pytest -m ""
+
+mutants: venv  ## small faults in methods, mergers, metrics and decoding: which do the tests let pass (hours; goes on where it ended)
+	$(BIN)/python scripts/mutants.py --jobs 2 $(ARGS)
 
 check: venv  ## format, lint, types, import direction, generated parts of the docs
 	$(BIN)/ruff format --check $(CODE)

@@ -167,6 +167,26 @@ def test_the_command_prints_and_writes(run: Path) -> None:
     assert "<svg" in page and "http" not in page.replace("http-equiv", "") and "Every pair" in page
 
 
+def test_who_reads_what(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpaired: each model reads its own task alone. Paired: all read the same samples, of every task."""
+    whole, read = cka._activations, list[list[str]]()
+
+    def watched(model: Any, examples: Any, batch_size: int) -> Tensor:
+        read.append([e.id for e in examples])
+        return whole(model, examples, batch_size)
+
+    monkeypatch.setattr(cka, "_activations", watched)
+    found = cka.study([run], samples=8)
+    ids = {t: [json.loads(x)["id"] for x in next(run.rglob(f"predictions/{t}.jsonl")).read_text().splitlines()]
+           for t in ("colour", "paint")}  # fmt: skip
+    paired, unpaired = read[::2], read[1::2]
+    assert found.models == ["colour", "paint"]
+    for task, own in zip(found.models, unpaired, strict=True):
+        assert len(own) == found.n["unpaired"] == 5 and sorted(own) == sorted(ids[task])
+    assert paired[0] == paired[1] and len(paired[0]) == 8
+    assert [sum(i in ids[t] for i in paired[0]) for t in ids] == [4, 4]
+
+
 def test_two_runs_are_one_study(run: Path, tmp_path: Path) -> None:
     result = call(
         "analyse", "cka", str(run), str(run), "--samples", "6", "--out", str(tmp_path / "both.html")

@@ -11,6 +11,8 @@ import retain.methods._merging as merging
 from fake_model import FakeModel, context, stream
 from reference import merge as reference
 from retain.adapters.bank import Mix
+from retain.adapters.moe import MoeSpec
+from retain.adapters.prompt import PromptSpec
 from retain.merge import merger
 from retain.merge.parts import Low, split, truncated
 from retain.method import Stack, build
@@ -192,6 +194,43 @@ def test_coma_forgets_less_than_plain_lora() -> None:
         untuned = float(plain(plain.collate(list(stream()[1].test), answers=True)).loss)
     for name in ("coma", "cofima"):
         assert losses[name][0] < losses["lora"][0] and losses[name][1] < untuned
+
+
+def test_what_a_truncation_loses_is_told() -> None:
+    """Relative to each module's average, by its singular values; the projector, which is not truncated, counts 0."""
+    events: list[dict[str, Any]] = []
+    states: list[Any] = []
+
+    class Watch(MergeAfterTask):
+        def end_task(self, ctx: Any) -> None:
+            states.append((self.before.get("lora"), merging.changes(ctx.model.adapters, "lora")))
+            ctx.log = lambda **e: events.append(e)
+            super().end_task(ctx)
+
+    learn(Stack(build("lora"), Watch(params={"new": 0.3})))
+    (told,) = (e for e in events if e["kind"] == "merge")
+    old, new = map(dense, states[1])
+    lost = []
+    for key in old:
+        s = (
+            torch.linalg.svdvals(0.7 * old[key] + 0.3 * new[key])
+            if "projector" not in key
+            else torch.zeros(3)
+        )
+        lost.append(float(s[2:].norm() / s.norm()) if s.any() else 0.0)
+    assert sum(x > 0.01 for x in lost) == 2 and told["modules"] == len(lost)
+    assert told["max_error"] == pytest.approx(max(lost), rel=1e-3)
+    assert told["mean_error"] == pytest.approx(sum(lost) / len(lost), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["merge_tasks", "merge_after_task", "cofima", "lorahub", "model_tailor", "gpm"]
+)
+def test_adapters_of_other_kinds_are_refused_by_name(name: str) -> None:
+    for spec in (MoeSpec(rank=2, experts=2), PromptSpec(tokens=2, at_once=2)):
+        with pytest.raises(RetainError, match=f"{name}: .*{spec.kind}"):
+            build(name).check(FakeModel(spec), stream())
+    build(name).check(FakeModel(), stream())
 
 
 def test_bad_fields_are_named_before_training() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from scipy import stats
 
 from retain.metrics import AccuracyMatrix, aggregate, compare_runs, compare_seeds, holm
 from retain.metrics import render as show
-from retain.metrics.compare import paired_t, permutation_p
+from retain.metrics.compare import _swap_cells, paired_t, permutation_p
 from retain.metrics.formulas import DEFINITIONS
 from retain.metrics.matrix import resample_means, spread
 from retain.types import RetainError
@@ -407,6 +408,20 @@ def test_permutation_p_monte_carlo_agrees_with_t() -> None:
     assert p == pytest.approx(stats.ttest_1samp(d, 0).pvalue, abs=0.01)  # error of 20k draws: 0.0015
 
 
+def test_a_drawn_p_counts_the_pattern_that_was_seen() -> None:
+    """(hits + 1) / (draws + 1), Phipson and Smyth 2010: never 0. All patterns: their share, 2 of 2^3 at the least."""
+    d = [1.0 + 0.01 * i for i in range(40)]  # 2 of 2^40 patterns are as large: no draw is
+    assert permutation_p(d, np.random.default_rng(0), 999) == pytest.approx(1 / 1000, abs=1e-12)
+    assert permutation_p(d[:3], np.random.default_rng(0)) == pytest.approx(2 / 8)
+    assert permutation_p([1.0, 1.0, -1.0], np.random.default_rng(0)) == pytest.approx(1.0)
+
+
+def test_two_runs_that_differ_in_every_sample_have_the_smallest_p_there_is() -> None:
+    a, b = sampled(gain=1.0), sampled(seed=1, gain=-1.0)
+    found = compare_runs(a, b, np.random.default_rng(0), resamples=50, permutations=199)
+    assert min(c.p for c in found if c.p is not None) == pytest.approx(1 / 200)
+
+
 def test_paired_t_is_scipys() -> None:
     d = [0.3, 1.2, -0.4, 0.9, 0.8]
     low, high, p = paired_t(d)
@@ -434,6 +449,35 @@ def test_a_better_run_is_found_and_the_swap_mirrors_it() -> None:
         )
         assert x.difference == pytest.approx(-y.difference) and x.low == pytest.approx(-y.high)
         assert x.p == pytest.approx(y.p)
+
+
+def test_swapping_two_runs_samples_conserves_their_sum_in_every_row() -> None:
+    """What one run loses the other gains; and a row moves away from its own mean, not from another scale's."""
+    a, b = sampled(gain=0.2), sampled(seed=3)
+    one, other = _swap_cells(a, b, np.random.default_rng(0), 400)
+    np.testing.assert_allclose(one + other, np.broadcast_to(a.values + b.values, one.shape), atol=1e-9)
+    sd = abs(a.samples["t0"] - b.samples["t0"]).std(axis=1) + abs(a.samples["t0"] - b.samples["t0"]).mean(
+        axis=1
+    )
+    middle = (a.values + b.values)[:, 0] / 2
+    assert (abs(one[:, :, 0].mean(axis=0) - middle) < 5 * sd / 2 / np.sqrt(200 * 400)).all()
+
+
+def test_a_matrix_may_be_built_from_lists() -> None:
+    m = AccuracyMatrix(["a"], np.zeros((2, 2)), ["b"])  # type: ignore[arg-type]
+    assert m.tasks == ("a",) and m.unseen == ("b",) and m.all_tasks == ("a", "b") and m.column("b") == 1
+
+
+def test_two_runs_have_a_spread_in_every_cell() -> None:
+    two = [lower([[1.0], [2.0, 5.0]]), lower([[3.0], [2.0, 8.0]])]
+    made = aggregate(two)
+    assert made.std[1, 0] == pytest.approx(math.sqrt(2)) and made.std[2, 1] == pytest.approx(3 / math.sqrt(2))
+    assert np.isnan(aggregate(two[:1]).std).all()
+
+
+def test_a_run_of_another_stream_is_named_by_its_place() -> None:
+    with pytest.raises(RetainError, match=r"^run 2 has tasks \['a', 'c'\], run 0 has"):
+        aggregate([lower([[1.0], [1.0, 2.0]], tasks=t) for t in (("a", "b"), ("a", "b"), ("a", "c"))])
 
 
 def test_swapping_whole_samples_is_the_sign_flip_test() -> None:

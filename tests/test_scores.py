@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from retain.metrics import SCORES, score
 from retain.metrics import captions as cap
 from retain.metrics.compat import COMPAT
-from retain.metrics.scorer import per_sample
+from retain.metrics.scorer import Scorer, per_sample
 from retain.metrics.scores import STRICT, parse_choice, soft_accuracy
 from retain.metrics.text import CONTRACTIONS, evalai, normal, numbers, parse_box
 from retain.stream import Score
@@ -97,6 +98,14 @@ def test_the_registry_names_the_nearest_and_the_choices() -> None:
         score("exat")
     assert all(name == s.name for name, s in SCORES.items())
     assert all(name.startswith("compat_") for name in COMPAT) and not set(COMPAT) & set(STRICT)
+
+
+def test_a_scorer_of_ones_own_gives_nothing_for_an_empty_answer_unless_it_says_so() -> None:
+    def always(texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        return [100.0] * len(texts)
+
+    assert Scorer("mine", "100", always)(["", "  ", "x"], [ex("a")] * 3) == [0, 0, 100]
+    assert Scorer("mine", "100", always, strict=False)(["", "  ", "x"], [ex("a")] * 3) == [100, 100, 100]
 
 
 def test_the_blank_rule_does_not_rest_on_the_judges() -> None:
@@ -212,6 +221,49 @@ def test_iou_threshold_is_strict_and_units_are_bridged() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- captions
+
+
+def test_a_normalised_box_is_brought_to_the_pixels_of_the_other_one() -> None:
+    """Corner by corner, on the padded square: a tall image's side is its height."""
+    pixels, share = "[10, 80, 50, 160]", "[0.05, 0.40, 0.25, 0.80]"
+    for text, reference in ((share, pixels), (pixels, share)):
+        assert one("iou", text, ex(reference, size=(100, 200))) == 100
+    for moved in ("[0.20, 0.40, 0.40, 0.80]", "[0.05, 0.70, 0.25, 1.00]"):
+        assert one("iou", moved, ex(pixels, size=(100, 200))) == 0
+
+
+def test_a_number_that_is_said_twice_is_one_number() -> None:
+    assert one("number", "7", ex("7 (seven)")) == 100
+    assert [d.level for d in SCORES["number"].doubts([ex("7, that is 7.0")]) if d.level == "error"] == []
+
+
+def boxes(*rows: tuple[float, float, float, float], **meta: object) -> list[tuple[int | None, str]]:
+    """Row and words of what is doubted."""
+    examples = [ex(str(list(row)), id=str(i), **meta) for i, row in enumerate(rows)]
+    return [(d.row, d.message) for d in SCORES["iou"].doubts(examples)]
+
+
+def test_a_box_without_width_or_without_height_never_scores() -> None:
+    fine = [(60.0, 60.0, 90.0, 90.0)] * 13
+    for flat in ((5.0, 5.0, 5.0, 9.0), (5.0, 5.0, 9.0, 5.0), (5.0, 5.0, 4.0, 9.0), (5.0, 5.0, 9.0, 4.0)):
+        (row, text), (whole, share) = boxes(flat, *fine, size=(100, 100))
+        assert (
+            row == 0 and "never scores" in text and whole is None and "1 of 14 boxes are no corners" in share
+        )
+    assert boxes(*fine, size=(100, 100)) == []
+
+
+@pytest.mark.parametrize("size", [(100, 80), None])
+def test_corners_that_would_all_fit_as_widths_and_heights_are_doubted(size: tuple[int, int] | None) -> None:
+    """x + x2 <= width and y + y2 <= height in every row; one row over either edge settles it."""
+    w, h = size or (1.0, 1.0)
+    meta = {"size": size} if size else {}
+    upper = (0.1 * w, 0.1 * h, 0.9 * w, 0.9 * h)  # exactly to the edge
+    found = boxes(*[upper] * 12, **meta)
+    assert len(found) == 1 and found[0][0] is None and "all 12 boxes would fit" in found[0][1]
+    assert boxes(*[upper] * 11, **meta) == []
+    for over in ((0.1 * w, 0.2 * h, 0.9 * w, 0.9 * h), (0.2 * w, 0.1 * h, 0.9 * w, 0.9 * h)):
+        assert boxes(*[upper] * 12, over, **meta) == []
 
 
 def test_tokenizer() -> None:

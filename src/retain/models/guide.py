@@ -154,6 +154,7 @@ class _Clip:
                 fits(lambda: CLIPModel(config), Path(name), who)
         model = weights_of(CLIPModel, name, who, local, config=config)
         self.model = model.to(device).eval().requires_grad_(False)
+        self.model.float()  # here, since Hugging Face keeps the type of the checkpoint: features are fp32
         how: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
         with told(who, "its tokenizer or image processor"):
             self.tokenizer = AutoTokenizer.from_pretrained(name, **how)
