@@ -126,8 +126,6 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
 ) -> None:
     """Learn a stream with a method. After a crash the same command continues."""
-    import numpy as np
-
     from retain import config
     from retain.commands.run import start
     from retain.metrics import render
@@ -137,7 +135,7 @@ def run(
     if main_process:
         about = f"{r.out}: score on each task (columns) after each stage (rows)"
         render.show(render.matrix_rows(matrix), about)
-        render.show(render.metric_rows(matrix.metrics(np.random.default_rng(0))))
+        render.show(render.metric_rows(matrix.metrics()))
         typer.echo(f"next: retain report {r.out} --open")
 
 
