@@ -14,17 +14,21 @@ from retain.run.engine import Engine
 from retain.run.progress import Progress
 from retain.run.store import RunDir
 from retain.run.track import Tracker, open_tracker
+from retain.signals import Stop
 from retain.stream import Stream
 from retain.types import RetainError
 
 
-def start(recipe: Recipe, *, quiet: bool = False) -> tuple[AccuracyMatrix, bool]:
-    """Run a recipe, or continue it; returns the matrix, and whether this process should print it."""
+def start(recipe: Recipe, *, quiet: bool = False, stop: Stop | None = None) -> tuple[AccuracyMatrix, bool]:
+    """Run a recipe, or continue it; returns the matrix, and whether this process should print it.
+
+    `stop` as in `continual.run`.
+    """
     with Engine.start(recipe.model.device) as engine:
-        return _started(recipe, engine, quiet), engine.main
+        return _started(recipe, engine, quiet, stop), engine.main
 
 
-def _started(recipe: Recipe, engine: Engine, quiet: bool) -> AccuracyMatrix:
+def _started(recipe: Recipe, engine: Engine, quiet: bool, stop: Stop | None) -> AccuracyMatrix:
     resolved = recipe.resolved()
     method = build_method(recipe)
     old = RunDir.open(recipe.out, resolved, main=False)  # refuses a folder of another recipe, creates nothing
@@ -51,6 +55,7 @@ def _started(recipe: Recipe, engine: Engine, quiet: bool) -> AccuracyMatrix:
                 engine=engine,
                 watch=Watch(progress, tracker, recipe.optim.batch_size),
                 reuse=recipe.reuse,
+                stop=stop,
             )
     finally:
         tracker.close()

@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from retain.adapters.prompt import tokens_in_front
 from retain.method import Context, Method, answer
 from retain.models.base import Model, Turns
 from retain.run.engine import Engine, autocast, peak_memory
+from retain.signals import Stop, Stopped
 from retain.types import Batch, Examples, RetainError, digest
 from retain.values import LATER, written
 
@@ -138,13 +139,15 @@ def fit(
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     tuned: Tuned | None = None,
+    stop: Stop | None = None,
 ) -> FitStats:
     """Train one task (`ctx.task`), hooks included, and leave the model with the method's mix switched on.
 
     With `checkpoints` it continues after the last one, bit for bit as if nothing had happened. The caller
     gives it bank and method as they were before the task: the hooks that come before the first step run again
     (they draw from `ctx.rng` only), then the saved state replaces theirs. With `tuned`, steps that another run
-    has made from the same start are taken from there, and new ones left there.
+    has made from the same start are taken from there, and new ones left there. Where checkpoints are saved, `stop`
+    is asked after each step; when it says so in any process, the state is saved and `Stopped` raised in all.
     """
     engine, bank = engine or Engine(), model.adapters
     ctx.step, ctx.batch_size, ctx.turns = 0, optim.batch_size, optim.turns
@@ -177,7 +180,8 @@ def fit(
     started = time.perf_counter() - stats.seconds
     losses, every, log, told = list[Tensor](), optim.checkpoint_every, ctx.log, list[dict[str, Any]]()
     ctx.log = partial(_log_and_keep, log, told)
-    with _training(model, optim):
+    patience = stop if stop and every and checkpoints else None
+    with _training(model, optim), patience or nullcontext():
         for step in range(stats.steps, n_steps):
             ctx.step = step
             _seed_dropout(ctx, engine.rank, model.device)  # of the step: a resume needs no generator state
@@ -194,13 +198,19 @@ def fit(
             method.after_step(ctx)
             stats.steps, stats.samples = step + 1, stats.samples + len(order[step])
             stats.tokens += n_tokens
-            save = every and stats.steps % every == 0 and stats.steps < n_steps
+            asked = patience is not None and any(engine.total(float(patience())))
+            save = asked or (every and stats.steps % every == 0 and stats.steps < n_steps)
             if save or stats.steps == n_steps or stats.steps % optim.log_every == 0:
                 stats.last_loss = _flush(losses, ctx, engine, optimizer)  # first: saved steps are finite
                 on_step(stats.steps, stats.last_loss)
             if save and checkpoints:
                 stats.seconds = time.perf_counter() - started
                 checkpoints.save(_snapshot(stats, model, method, optimizer))
+            if asked:
+                engine.wait()  # a process that leaves early has the launcher end the one that saves
+                raise Stopped(
+                    f"a checkpoint of task {ctx.task.name!r} is saved after step {stats.steps} of {n_steps}"
+                )
     optimizer.zero_grad(set_to_none=True)
     ctx.log = log
     stats.peak_memory_bytes = max(stats.peak_memory_bytes, peak_memory(model.device))
