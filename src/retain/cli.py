@@ -1,20 +1,22 @@
 """The command line: it parses, calls the library and prints. Nothing is decided here.
 
-An error that a user can mend is one message on stderr and exit code 2; Ctrl-C ends with 130 and says whether the
-same command continues or starts again; a reader that closes the pipe (`| head`) ends it quietly.
+An error that a user can mend is one message on stderr and exit code 2; Ctrl-C ends with 130 and SIGTERM with 143, and
+they say whether the same command continues or starts again (`retain.signals`); a reader that closes the pipe (`| head`)
+ends it quietly.
 """
 
 from __future__ import annotations
 
+from retain import signals
+
+if __name__ == "__main__":
+    signals.watch()  # before what takes long to import
+
 import errno
 import io
 import os
-import signal
 import sys
-import threading
 import webbrowser
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,11 +79,20 @@ class _Commands(TyperGroup):
     """All commands, with one place where errors become messages."""
 
     def invoke(self, ctx: Any) -> Any:
+        try:
+            with signals.watching():
+                return self._invoke(ctx)
+        except BaseException as error:
+            ends = isinstance(error, signals.Told | signals.Stopped | KeyboardInterrupt)
+            if not ends and not signals.told():
+                raise
+            raise typer.Exit(signals.end(error, ctx.invoked_subcommand)) from None
+
+    def _invoke(self, ctx: Any) -> Any:
         from retain.types import RetainError  # here, not above: it imports torch, and --help need not wait
 
         try:
-            with _ctrl_c():
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except RetainError as error:
             _fail(str(error))
         except USAGE as error:
@@ -95,9 +106,6 @@ class _Commands(TyperGroup):
             if not out_of_memory(error):
                 raise
             _fail(f"out of memory: {error}; what was saved before is kept")
-        except KeyboardInterrupt:
-            print(f"\ninterrupted: {_interrupted(ctx.invoked_subcommand)}", file=sys.stderr)  # noqa: T201
-            raise typer.Exit(130) from None
         except (OSError, SafetensorError) as error:
             if isinstance(error, BrokenPipeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
@@ -105,42 +113,15 @@ class _Commands(TyperGroup):
             _fail(_told(error))
 
 
-@contextmanager
-def _ctrl_c() -> Iterator[None]:
-    """Ctrl-C is Ctrl-C, also where compiled code makes another error of it (safetensors: a ValueError while it reads)."""
-    pressed: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: Any) -> None:
-        pressed.append(number)
-        before(number, frame) if callable(before) else signal.default_int_handler(number, frame)
-
-    ours = before is not signal.SIG_IGN and threading.current_thread() is threading.main_thread()
-    if ours:
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    except Exception:
-        if pressed:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, before)
-
-
-def _interrupted(command: str | None) -> str:
-    """What Ctrl-C leaves: only a run saves as it goes; every other command writes its result in one step at the end."""
-    if command == "run":
-        return "what was saved is kept, and the same command continues"
-    return "nothing was written, and the same command starts again from the beginning"
-
-
 LONGEST = 3000
 """Characters of a message."""
 
 
 def _fail(message: str) -> None:
+    if (
+        signals.told()
+    ):  # compiled code makes another error of a signal (safetensors: a ValueError while it reads)
+        raise signals.Told
     world = os.environ.get("WORLD_SIZE", "1")  # a launcher's processes share a screen
     who = f"rank {os.environ.get('RANK', '?')} of {world}: " if world != "1" else ""
     line = " ".join(f"{who}{message}".split())  # a library's own message may have several
@@ -189,18 +170,16 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
 ) -> None:
     """Learn a stream with a method. After a crash the same command continues."""
-    import numpy as np
-
     from retain import config
     from retain.commands.run import start
     from retain.metrics import render
 
     r = config.load(recipe, overrides or [])
-    matrix, main_process = start(r, quiet=quiet)
+    matrix, main_process = start(r, quiet=quiet, stop=signals.patience)
     if main_process:
         about = f"{r.out}: score on each task (columns) after each stage (rows)"
         render.show(render.matrix_rows(matrix), about)
-        render.show(render.metric_rows(matrix.metrics(np.random.default_rng(0))))
+        render.show(render.metric_rows(matrix.metrics()))
         typer.echo(f"next: retain report {r.out} --open")
 
 
@@ -425,7 +404,8 @@ def analyse_merge(
 
 
 def main() -> None:
-    """Entry point of the `retain` command."""
+    """Run the command line as a process of its own, and end it."""
+    signals.watch()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show ends nothing
@@ -433,7 +413,16 @@ def main() -> None:
     if odd is not None:
         print(f"error: the argument {odd!r:.100} is no UTF-8 text", file=sys.stderr)  # noqa: T201
         raise SystemExit(2)
-    app()
+    status: object = 0
+    try:
+        app()
+    except SystemExit as end:
+        status = end.code
+    except BaseException as error:
+        sys.last_value = error  # as Python does it: the group of processes asks at its end
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 1
+    signals.leave(status if isinstance(status, int) else int(status is not None))
 
 
 if __name__ == "__main__":

@@ -15,18 +15,19 @@ from retain.run.engine import Engine, out_of_memory
 from retain.run.progress import Progress
 from retain.run.store import RunDir
 from retain.run.track import Tracker, open_tracker
+from retain.signals import Stop
 from retain.stream import Stream
 from retain.types import RetainError
 
 
-def start(recipe: Recipe, *, quiet: bool = False) -> tuple[AccuracyMatrix, bool]:
+def start(recipe: Recipe, *, quiet: bool = False, stop: Stop | None = None) -> tuple[AccuracyMatrix, bool]:
     """Run a recipe, or continue it; returns the matrix, and whether this process should print it.
 
-    RetainError where memory ends, with what `retain plan` estimates.
+    `stop` as in `continual.run`. RetainError where memory ends, with what `retain plan` estimates.
     """
     try:
         with Engine.start(recipe.model.device) as engine:
-            return _started(recipe, engine, quiet), engine.main
+            return _started(recipe, engine, quiet, stop), engine.main
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -49,7 +50,7 @@ def estimated(recipe: Recipe) -> str:
     return f"`retain plan` estimates {next(r[1] for r in rows if r[0].startswith('memory'))}; {less}"
 
 
-def _started(recipe: Recipe, engine: Engine, quiet: bool) -> AccuracyMatrix:
+def _started(recipe: Recipe, engine: Engine, quiet: bool, stop: Stop | None) -> AccuracyMatrix:
     resolved = recipe.resolved()
     method = build_method(recipe)
     old = RunDir.open(recipe.out, resolved, main=False)  # refuses a folder of another recipe, creates nothing
@@ -76,6 +77,7 @@ def _started(recipe: Recipe, engine: Engine, quiet: bool) -> AccuracyMatrix:
                 engine=engine,
                 watch=Watch(progress, tracker, recipe.optim.batch_size),
                 reuse=recipe.reuse,
+                stop=stop,
             )
     finally:
         tracker.close()

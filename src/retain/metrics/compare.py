@@ -1,7 +1,7 @@
 """Is run A better than run B? Paired tests over samples (two runs) and over seeds (two lists of runs).
 
-Over samples: both runs answered the same test samples, so a sample is a pair. Interval: paired bootstrap (the
-same draw for both runs). p: paired permutation, which swaps the two runs' scores of a sample, in all rows at
+Over samples: both runs answered the same test samples, so a sample is a pair. Interval: that of the metrics, of the
+differences (`retain.metrics.intervals`). p: paired permutation, which swaps the two runs' scores of a sample, in all rows at
 once, with probability 1/2 (Noreen 1989). It speaks about these two trained models, not about the methods.
 
 Over seeds: pairs are runs of equal seed. Interval and p from the paired t-test, or p by sign flips of the
@@ -23,8 +23,9 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from retain.metrics.formulas import DEFINITIONS, Array
-from retain.metrics.matrix import LEVEL, RESAMPLES, AccuracyMatrix, resample_means, same_stream, value_of
+from retain.metrics.formulas import DEFINITIONS, Definition, one_cell
+from retain.metrics.intervals import SAME, Array, interval
+from retain.metrics.matrix import LEVEL, AccuracyMatrix, same_stream, shares_of, span_of, value_of
 from retain.types import RetainError
 
 PERMUTATIONS = 10_000
@@ -124,19 +125,6 @@ def _pairs(a: AccuracyMatrix, b: AccuracyMatrix, task: str) -> tuple[Array, Arra
     return rows_a, rows_b
 
 
-def _boot_cells(
-    a: AccuracyMatrix, b: AccuracyMatrix, rng: np.random.Generator, n: int
-) -> tuple[Array, Array]:
-    """Bootstrap cells of both runs from the same draws, (R, T + 1, T + U) each."""
-    rows = len(a.tasks) + 1
-    cells_a, cells_b = (np.full((n, *a.values.shape), np.nan) for _ in range(2))
-    for j, task in enumerate(a.all_tasks):
-        if pair := _pairs(a, b, task):
-            means = resample_means(np.concatenate(pair), rng, n)  # nan rows stay nan
-            cells_a[:, :, j], cells_b[:, :, j] = means[:, :rows], means[:, rows:]
-    return cells_a, cells_b
-
-
 def _swap_cells(
     a: AccuracyMatrix, b: AccuracyMatrix, rng: np.random.Generator, n: int
 ) -> tuple[Array, Array]:
@@ -151,20 +139,29 @@ def _swap_cells(
     return cells_a, cells_b
 
 
-def _over_samples(name: str, seen: float, boot: Array, swap: Array, n: int, level: float) -> Comparison:
-    if np.isnan(boot).any():
+def _aligned(a: AccuracyMatrix, b: AccuracyMatrix) -> tuple[AccuracyMatrix, AccuracyMatrix]:
+    """Both runs with the samples that both have, in a's order; without them where only one has."""
+    pairs = {task: pair for task in a.all_tasks if (pair := _pairs(a, b, task))}
+    one, two = (replace(m, samples={k: p[i] for k, p in pairs.items()}, ids={}) for i, m in enumerate((a, b)))
+    return one, two
+
+
+def _over_samples(
+    name: str, seen: float, found: tuple[float, float] | None, swap: Array, n: int
+) -> Comparison:
+    if np.isnan(swap).any():
         return Comparison(name, seen, n=n, reason="no per-sample scores in some cell: no interval, no test")
-    low, high = np.quantile(boot, [(1 - level) / 2, (1 + level) / 2])
+    low, high = found or (None, None)
     p = _p(swap, seen, exact=False)
-    return Comparison(name, seen, float(low), float(high), p, None, n, "paired permutation over samples")
+    return Comparison(name, seen, low, high, p, None, n, "paired permutation over samples")
 
 
 def compare_runs(
     a: AccuracyMatrix,
     b: AccuracyMatrix,
     rng: np.random.Generator,
-    resamples: int = RESAMPLES,
     permutations: int = PERMUTATIONS,
+    *,
     level: float = LEVEL,
 ) -> list[Comparison]:
     """A minus B for every metric, then for every task in the last row; p corrected by Holm over the whole
@@ -174,8 +171,7 @@ def compare_runs(
     by id).
     """
     same_stream([a, b])
-    a, b = a.ended(), b.ended()
-    boot_a, boot_b = _boot_cells(a, b, rng, resamples)
+    a, b = _aligned(a.ended(), b.ended())
     swap_a, swap_b = _swap_cells(a, b, rng, permutations)
     t, u = len(a.tasks), len(a.unseen)
     total = sum(len(v[0]) for v in a.samples.values())
@@ -185,8 +181,8 @@ def compare_runs(
         if x is None or y is None:
             out.append(Comparison(d.name, None, reason=why_a or why_b))
             continue
-        boot, swap = (d.value(p, t, u) - d.value(q, t, u) for p, q in ((boot_a, boot_b), (swap_a, swap_b)))
-        out.append(_over_samples(d.name, x - y, boot, swap, total, level))
+        found = _difference(a, b, d, x - y, level)
+        out.append(_over_samples(d.name, x - y, found, d.value(swap_a, t, u) - d.value(swap_b, t, u), total))
     for j, task in enumerate(a.all_tasks):
         seen = float(a.values[t, j] - b.values[t, j])
         if math.isnan(seen):
@@ -195,9 +191,22 @@ def compare_runs(
             )
             continue
         n = a.samples[task].shape[1] if task in a.samples else 0
-        boot, swap = boot_a[:, t, j] - boot_b[:, t, j], swap_a[:, t, j] - swap_b[:, t, j]
-        out.append(_over_samples(f"{task} (last)", seen, boot, swap, n, level))
+        found = _difference(a, b, one_cell(t, j), seen, level) if n else None
+        out.append(_over_samples(f"{task} (last)", seen, found, swap_a[:, t, j] - swap_b[:, t, j], n))
     return corrected(out)
+
+
+def _difference(
+    a: AccuracyMatrix, b: AccuracyMatrix, d: Definition, seen: float, level: float
+) -> tuple[float, float] | None:
+    """The interval of A - B, from the function that gives each run's own."""
+    ours, theirs = shares_of(a, d), shares_of(b, d)
+    if ours is None or theirs is None:
+        return None
+    (low_a, high_a), (low_b, high_b) = span_of(a, d), span_of(b, d)
+    return interval(
+        seen, [x.minus(y) for x, y in zip(ours, theirs, strict=True)], level, (low_a - high_b, high_a - low_b)
+    )
 
 
 # ------------------------------------------------------------------------------------ two methods, over seeds
@@ -207,8 +216,10 @@ def paired_t(differences: Sequence[float], level: float = LEVEL) -> tuple[float,
     """Low, high and two-sided p of the mean of K >= 2 paired differences by Student's t (K - 1)."""
     d = np.asarray(differences, dtype=np.float64)
     mean, error = float(d.mean()), float(d.std(ddof=1)) / math.sqrt(len(d))
-    if error == 0:  # every pair differs by the same amount
-        return mean, mean, 1.0 if mean == 0 else 0.0
+    if np.ptp(d) <= SAME * max(
+        1.0, float(np.abs(d).max())
+    ):  # every pair differs by the same amount, but for rounding
+        return mean, mean, 1.0 if abs(mean) <= SAME else 0.0
     half = float(stats.t.ppf((1 + level) / 2, len(d) - 1)) * error
     return mean - half, mean + half, 2 * float(stats.t.sf(abs(mean) / error, len(d) - 1))
 

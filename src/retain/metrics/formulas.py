@@ -3,24 +3,25 @@ many things.
 
 A[i, j] is the score on task j after learning task i (1..T); A[0, j] is the zero-shot score. All but one
 metric are weighted sums of cells, so a metric is a matrix of weights: what it needs is where the weights are
-not zero, and a bootstrap is one product.
+not zero, and what a test sample adds to it is one product.
 
 Sources: Last, Avg (MAA), New (MFT): SEFE and MCITlib; BWT, FWT: Lopez-Paz and Ranzato, NeurIPS 2017 (arXiv
 1706.08840), with the zero-shot score as FWT's baseline; BWT (CoIN): CoIN, NeurIPS 2024; Forgetting: Chaudhry
 et al., ECCV 2018 (arXiv 1801.10112); Forgetting (LLaCA): ICML 2025, equal to (New - Last) T / (T - 1).
 """
 
-# T learned tasks, U unseen tasks, R resamples (any leading axes)
+# T learned tasks, U unseen tasks, N samples of one task
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from retain.metrics.intervals import Array, Shares, best_row
+
 Weights = Callable[[int, int], Array]
 """(T, U) in, weights of shape (T + 1, T + U) out."""
 
@@ -29,7 +30,7 @@ Weights = Callable[[int, int], Array]
 class Metric:
     """One number of a run. `value` is None where it cannot be computed; `reason` says why.
 
-    `low` and `high` bound the 95 % bootstrap interval over samples; None without per-sample scores. `up`:
+    `low` and `high` bound the 95 % interval over samples (`intervals.py`); None without two samples of each task. `up`:
     higher is better.
     """
 
@@ -44,12 +45,18 @@ class Metric:
 
 @dataclass(frozen=True)
 class Definition:
-    """A metric: name, formula, the cells it needs, and its value for (..., T + 1, T + U) matrices."""
+    """A metric: name, formula, the cells it needs, and its value for (..., T + 1, T + U) matrices.
+
+    `shares` takes each task's (T + 1, N) scores and says what its samples add, for the tasks that count: the
+    held means sum to the value. `span` is what scores of 0..100 can make of it.
+    """
 
     name: str
     formula: str
     needs: Callable[[int, int], NDArray[np.bool_]]
     value: Callable[[Array, int, int], Array]
+    shares: Callable[[Sequence[Array], int, int], list[Shares]]
+    span: Callable[[int, int], tuple[float, float]]
     up: bool = True
     tasks: int = 1  # fewest learned tasks
     unseen: int = 0  # fewest unseen tasks
@@ -75,7 +82,19 @@ def _linear(
         out: Array = cells[..., used] @ w[used]
         return out
 
-    return Definition(name, formula, needs, value, up, tasks, unseen)
+    def shares(scores: Sequence[Array], t: int, u: int) -> list[Shares]:
+        w, out = weights(t, u), []
+        for j in np.flatnonzero((w != 0).any(axis=0)):
+            used = w[:, j] != 0
+            z_N = w[used, j] @ scores[j][used]
+            out.append(Shares(z_N, z_N, z_N))
+        return out
+
+    def span(t: int, u: int) -> tuple[float, float]:
+        w = weights(t, u)
+        return 100 * float(w[w < 0].sum()), 100 * float(w[w > 0].sum())
+
+    return Definition(name, formula, needs, value, shares, span, up, tasks, unseen)
 
 
 def _zeros(t: int, u: int) -> Array:
@@ -134,6 +153,17 @@ def unseen_last(t: int, u: int) -> Array:
     return w
 
 
+def one_cell(row: int, column: int) -> Definition:
+    """A[row, column] as a metric of its own."""
+
+    def weights(t: int, u: int) -> Array:
+        w = _zeros(t, u)
+        w[row, column] = 1
+        return w
+
+    return _linear(f"A[{row}, {column}]", f"A[{row}, {column}]", weights)
+
+
 def _needs_since_learned(t: int, u: int) -> NDArray[np.bool_]:
     need = np.zeros((t + 1, t + u), dtype=np.bool_)
     for j in range(t - 1):
@@ -151,6 +181,15 @@ def forgetting(cells: Array, t: int, u: int) -> Array:
     return out
 
 
+def _forgetting_shares(scores: Sequence[Array], t: int, u: int) -> list[Shares]:
+    out = []
+    for j in range(t - 1):
+        best, last_N = best_row(scores[j][j + 1 : t]), scores[j][t]
+        held = (best.held - last_N) / (t - 1)
+        out.append(Shares(held, (best.low - last_N) / (t - 1), held))
+    return out
+
+
 DEFINITIONS: tuple[Definition, ...] = (
     _linear("Last", "mean_j A[T,j]", last),
     _linear("Avg (MAA)", "mean_i mean_{j<=i} A[i,j]", average),
@@ -162,6 +201,8 @@ DEFINITIONS: tuple[Definition, ...] = (
         "mean_{i<T} (max_{i<=k<T} A[k,i] - A[T,i])",
         _needs_since_learned,
         forgetting,
+        _forgetting_shares,
+        lambda t, u: (-100.0, 100.0),
         up=False,
         tasks=2,
     ),

@@ -5,7 +5,7 @@ tasks in their order, then the unseen ones. A cell that was not evaluated is nan
 is None with a reason. Formulas: `formulas.py`. Everything is in the scorer's units, 0..100.
 """
 
-# T learned tasks, U unseen tasks, N samples of one task, R resamples
+# T learned tasks, U unseen tasks, N samples of one task
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from retain.metrics.formulas import DEFINITIONS, Array, Definition, Metric
+from retain.metrics.formulas import DEFINITIONS, Definition, Metric
+from retain.metrics.intervals import Array, Shares, interval
 from retain.types import RetainError
 
-RESAMPLES = 1000
 LEVEL = 0.95
-_CHUNK = 4_000_000  # resampled indices held at once: 32 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,23 +161,19 @@ class AccuracyMatrix:
 
     # ------------------------------------------------------------------------------------------------ metrics
 
-    def metrics(
-        self, rng: np.random.Generator | None = None, resamples: int = RESAMPLES, level: float = LEVEL
-    ) -> list[Metric]:
-        """All metrics; with `rng` and per-sample scores also their bootstrap intervals.
+    def metrics(self, *, level: float = LEVEL) -> list[Metric]:
+        """All metrics, with their intervals where each task that counts has the scores of at least two samples.
 
-        Within each task, N samples are drawn with replacement and the same draw is used in every row
-        (paired), so the interval of a difference between rows is that of the difference. Tasks are drawn
-        independently. It covers which samples were tested, not training noise: for that run several seeds and
-        `aggregate`.
+        All rows answered the same samples, so the interval of a difference between rows is that of the
+        difference; tasks are independent (`retain.metrics.intervals`). It covers which samples were tested, not
+        training noise: for that run several seeds and `aggregate`.
         """
         m = self.ended()
-        cells_R = None if rng is None or not m.samples else resampled(m, rng, resamples)
-        return [_metric(m, d, cells_R, level) for d in DEFINITIONS]
+        return [_metric(m, d, level) for d in DEFINITIONS]
 
-    def metric(self, name: str, rng: np.random.Generator | None = None) -> Metric:
+    def metric(self, name: str) -> Metric:
         """One metric by name."""
-        found = {m.name: m for m in self.metrics(rng)}
+        found = {m.name: m for m in self.metrics()}
         if name not in found:
             raise RetainError(f"no metric {name!r}; choose from {list(found)}")
         return found[name]
@@ -267,32 +262,24 @@ def _rows(rows: Sequence[Sequence[float] | None]) -> Array:
     return np.array([[math.nan] * n if r is None else r for r in rows], dtype=np.float64)
 
 
-# -------------------------------------------------------------------------------------------------- bootstrap
+# ------------------------------------------------------------------------------------------------- intervals
 
 
-def resample_means(samples: Array, rng: np.random.Generator, resamples: int) -> Array:
-    """Means of resampled columns: (rows, N) in, (R, rows) out; every row sees the same draws."""
-    rows, n = samples.shape
-    out = np.empty((resamples, rows))
-    step = max(1, _CHUNK // n)
-    for start in range(0, resamples, step):
-        r = min(step, resamples - start)
-        draws = rng.integers(0, n, size=(r, n)) + n * np.arange(r)[:, None]
-        counts = np.bincount(draws.ravel(), minlength=r * n).reshape(r, n)
-        out[start : start + r] = counts @ samples.T / n
-    return out
+def shares_of(m: AccuracyMatrix, d: Definition) -> list[Shares] | None:
+    """What each sample of each task adds to a metric; None where a cell that it needs has no sample scores."""
+    t, u = len(m.tasks), len(m.unseen)
+    need = d.needs(t, u)
+    blank = np.full((t + 1, 1), np.nan)  # of a task that does not count
+    scores = [m.samples.get(task, blank) for task in m.all_tasks]
+    if any(np.isnan(rows[need[:, j]]).any() for j, rows in enumerate(scores)):
+        return None
+    return d.shares(scores, t, u)
 
 
-def resampled(m: AccuracyMatrix, rng: np.random.Generator, resamples: int) -> Array:
-    """(R, T + 1, T + U) bootstrap cells; nan in columns and rows without per-sample scores."""
-    cells = np.full((resamples, *m.values.shape), np.nan)
-    for task in m.all_tasks:  # in column order, so that the draws do not depend on the order of a dict
-        if task not in m.samples:
-            continue
-        rows = np.flatnonzero(~np.isnan(m.samples[task]).any(axis=1))
-        if len(rows):
-            cells[:, rows, m.column(task)] = resample_means(m.samples[task][rows], rng, resamples)
-    return cells
+def span_of(m: AccuracyMatrix, d: Definition) -> tuple[float, float]:
+    """What the metric can be: bounded where all sample scores are within 0..100."""
+    inside = not any(((s < 0) | (s > 100)).any() for s in m.samples.values())  # nan is neither
+    return d.span(len(m.tasks), len(m.unseen)) if inside else (-math.inf, math.inf)
 
 
 def value_of(m: AccuracyMatrix, definition: Definition) -> tuple[float | None, str]:
@@ -309,13 +296,11 @@ def value_of(m: AccuracyMatrix, definition: Definition) -> tuple[float | None, s
     return float(definition.value(m.values, t, u)), ""
 
 
-def _metric(m: AccuracyMatrix, d: Definition, cells_R: Array | None, level: float) -> Metric:
+def _metric(m: AccuracyMatrix, d: Definition, level: float) -> Metric:
     value, reason = value_of(m, d)
-    low = high = None
-    if value is not None and cells_R is not None:
-        draws = d.value(cells_R, len(m.tasks), len(m.unseen))
-        if not np.isnan(draws).any():
-            low, high = (float(q) for q in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
+    shares = None if value is None else shares_of(m, d)
+    found = None if value is None or shares is None else interval(value, shares, level, span_of(m, d))
+    low, high = found or (None, None)
     return Metric(d.name, value, d.formula, low, high, reason, d.up)
 
 

@@ -21,15 +21,15 @@ TOLERANCE = 0.01
 
 
 def metrics_of(run: Run) -> list[Metric]:
-    """All metrics of one run with 95 % bootstrap intervals; the same draws whenever it is called."""
-    return run.matrix.metrics(np.random.default_rng(0)) if run.matrix is not None else []
+    """All metrics of one run with 95 % intervals over test samples."""
+    return run.matrix.metrics() if run.matrix is not None else []
 
 
 @dataclass(frozen=True)
 class Number:
     """One metric of a group. `sd` is over seeds (None for one run); `low`..`high` is a 95 % interval.
 
-    With one run the interval is the bootstrap over samples, with several the t-interval over seeds.
+    With one run the interval is over test samples, with several the t-interval over seeds.
     """
 
     name: str

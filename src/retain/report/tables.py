@@ -73,7 +73,7 @@ def formulas(groups: Sequence[Group]) -> str:
     """The formula of every metric shown, one per line."""
     known = next((n for g in groups if (n := summary.numbers(g))), {})
     lines = [f"  {name} = {known[name].formula}" for name in COLUMNS if name in known]
-    kind = "sd over seeds; [95 % interval]: t over seeds, bootstrap over test samples for a single run"
+    kind = "sd over seeds; [95 % interval]: over seeds, over test samples for a single run"
     return "\n".join([*lines, f"  ± {kind}"]) if lines else ""
 
 

@@ -36,6 +36,7 @@ from retain.run.engine import Engine, peak_memory
 from retain.run.evaluate import EvalOptions, cell_key, evaluate, lengths, plan, score
 from retain.run.store import Row, RunDir, TunedDir, differences, empty, safe
 from retain.run.train import FitStats, Optim, fit
+from retain.signals import Stop
 from retain.stream import Stream, Task
 from retain.types import Examples, RetainError, digest, most_answers, plain
 from retain.values import written
@@ -85,6 +86,7 @@ class Running:
     watch: Watcher
     seed: int
     tuned: TunedDir | None = None
+    stop: Stop | None = None
     cells: dict[str, tuple[Row, str, Cell]] = field(default_factory=dict)  # finished, by key: where, and what
     data: dict[str, str] = field(default_factory=dict)  # digest of each task
 
@@ -101,19 +103,21 @@ def run(
     engine: Engine | None = None,
     watch: Watcher | None = None,
     reuse: Path | None = None,
+    stop: Stop | None = None,
 ) -> AccuracyMatrix:
     """Learn the stream with one method and evaluate every task after every stage.
 
     Returns the matrix; the folder holds everything else. Adapters that the model's bank holds are removed
     first. A finished run is only read; one made with other settings, data or code of a method is refused.
     `reuse` is a folder that runs share: a task that was tuned there from the same start, with nothing of a method
-    between the steps, is not tuned again (`retain.run.train.tuned_key`).
+    between the steps, is not tuned again (`retain.run.train.tuned_key`). `stop` may ask to end after a step whose
+    checkpoint is saved; `retain.signals.Stopped` is raised then, and the same call continues.
     Raises `RetainError` before anything is written if the method or the data cannot run here.
     """
     engine = engine or Engine()
     options, watch = options or EvalOptions(), watch or Silent()
     tuned = TunedDir(reuse, store.main, model.device) if reuse else None
-    r = Running(model, stream, method, optim, options, store, engine, watch, seed, tuned)
+    r = Running(model, stream, method, optim, options, store, engine, watch, seed, tuned, stop)
     _same_setting(r)
     if store.done:
         if engine.main and (changed := changes(store, stream)):
@@ -229,7 +233,7 @@ def _train(r: Running, row: Row, task: Task, seen: list[str], before: Row | None
     slots = row.checkpoints(r.model.device)
     if slots.newest():
         r.watch.note(f"{task.name}: continues after its last checkpoint")
-    stats = fit(r.model, r.method, ctx, r.optim, r.engine, slots, r.watch.step, r.tuned)
+    stats = fit(r.model, r.method, ctx, r.optim, r.engine, slots, r.watch.step, r.tuned, r.stop)
     if stats.reused:
         r.watch.note(f"{task.name}: its steps were made by an earlier run (reuse)")
     learned = [t.name for t in r.stream if t.name in [*seen, *taught(task, r.stream)]]

@@ -12,7 +12,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from retain.models.base import Model, Turns
 from retain.run.engine import Engine, autocast, peak_memory
 from retain.run.order import batches
 from retain.run.sound import Watchman, is_of, wrong_kinds
+from retain.signals import Stop, Stopped
 from retain.types import Batch, Examples, RetainError, digest
 from retain.values import LATER, Count, CountOrOff, NotNegative, Positive, Share, Size, ranged, written
 
@@ -146,6 +147,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     tuned: Tuned | None = None,
+    stop: Stop | None = None,
 ) -> FitStats:
     """Train one task (`ctx.task`), hooks included, and leave the model with the method's mix switched on.
 
@@ -154,6 +156,8 @@ def fit(
     (they draw from `ctx.rng` only), then the saved state replaces theirs. With `tuned`, steps that another run
     has made from the same start are taken from there, and new ones left there. Before each save, and before it
     returns, all adapters and the method's state are looked at: one that is not finite is a RetainError.
+    Where checkpoints are saved, `stop` is asked after each step; when it says so in any process, the state is saved
+    and `Stopped` raised in all.
     """
     engine, bank = engine or Engine(), model.adapters
     ctx.step, ctx.batch_size, ctx.turns = 0, optim.batch_size, optim.turns
@@ -193,7 +197,8 @@ def fit(
     started = time.perf_counter() - stats.seconds
     losses, every, log, told = list[Tensor](), optim.checkpoint_every, ctx.log, list[dict[str, Any]]()
     ctx.log = partial(_log_and_keep, log, told)
-    with _training(model, optim):
+    patience = stop if stop and every and checkpoints else None
+    with _training(model, optim), patience or nullcontext():
         for step in range(stats.steps, n_steps):
             ctx.step = step
             _seed_dropout(ctx, engine.rank, model.device)  # of the step: a resume needs no generator state
@@ -210,7 +215,8 @@ def fit(
             method.after_step(ctx)
             stats.steps, stats.samples = step + 1, stats.samples + len(order[step])
             stats.tokens += n_tokens
-            save = every and stats.steps % every == 0 and stats.steps < n_steps
+            asked = patience is not None and any(engine.total(float(patience())))
+            save = asked or (every and stats.steps % every == 0 and stats.steps < n_steps)
             if save or stats.steps == n_steps or stats.steps % optim.log_every == 0:
                 stats.last_loss = _flush(
                     losses, ctx, engine, optimizer, watchman
@@ -221,6 +227,11 @@ def fit(
                 stats.seconds = time.perf_counter() - started
                 checkpoints.save(_snapshot(stats, model, method, optimizer))
                 watchman.kept = f"its checkpoint after step {stats.steps}"
+            if asked:
+                engine.wait()  # a process that leaves early has the launcher end the one that saves
+                raise Stopped(
+                    f"a checkpoint of task {ctx.task.name!r} is saved after step {stats.steps} of {n_steps}"
+                )
     optimizer.zero_grad(set_to_none=True)
     ctx.log = log
     watchman.look(f"after its last step ({n_steps}{', taken from the folder of reuse' if kept else ''})")
