@@ -136,6 +136,7 @@ def strongest(rows_ND: Tensor, n: int) -> Tensor:
     if len(rows_ND) <= n:
         return rows_ND
     if n >= rows_ND.shape[1]:
-        return torch.linalg.qr(rows_ND, mode="r").R
-    _, turn_NN = torch.linalg.eigh(rows_ND @ rows_ND.mT)  # ascending; a rotation of rows changes no R^T R
-    return turn_NN[:, -n:].mT @ rows_ND
+        triangle: Tensor = torch.linalg.qr(rows_ND, mode="r").R
+        return triangle
+    turn_NN: Tensor = torch.linalg.eigh(rows_ND @ rows_ND.mT).eigenvectors  # ascending
+    return turn_NN[:, -n:].mT @ rows_ND  # a rotation of rows changes no R^T R
