@@ -124,7 +124,7 @@ def test_what_is_not_finite_at_the_end_of_a_task_is_not_saved(tmp_path: Path, wh
     assert not list((tmp_path / "run").rglob("02-*"))
 
 
-@pytest.mark.parametrize("lr", [3e39, INF])
+@pytest.mark.parametrize("lr", [3e39, 1e300])
 def test_a_last_step_that_is_too_long_is_an_error(tmp_path: Path, lr: float) -> None:
     """The loss before it is finite; the first task then has nothing, so a lower rate goes on in the same folder."""
     with pytest.raises(
@@ -167,7 +167,7 @@ def test_an_optimizer_that_is_not_finite_is_not_saved(
 
 def test_a_folder_of_reuse_gets_nothing_that_is_not_finite(tmp_path: Path) -> None:
     with pytest.raises(RetainError, match="after its last step"):
-        learn(tmp_path / "run", build("lora"), replace(GO, lr=INF, steps=1), reuse=tmp_path / "reuse")
+        learn(tmp_path / "run", build("lora"), replace(GO, lr=3e39, steps=1), reuse=tmp_path / "reuse")
     assert not list((tmp_path / "reuse").glob("*.json"))
 
 
