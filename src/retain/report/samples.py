@@ -8,11 +8,20 @@ picture first, then the order of the test split; nothing is drawn.
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from retain.data.picture import tried
+from retain.report.figures import some
 from retain.report.load import ZERO_SHOT, Group, Record, Row, Run
+
+SIDE, LARGE = 160, 1 << 13
+"""A picture in a report: its longer side in pixels, and the bytes of a file from which it is made smaller."""
+
+LONG, MANY, STAGES = 600, 8, 16
+"""Characters of a text on a card, references, and moments of a sample's history."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,21 @@ def routing(run: Run) -> Routing | None:
 
 
 def data_uri(path: Path) -> str:
-    """An image file inline."""
+    """An image file inline; one that is large for a thumbnail (a photograph as PNG) as a JPEG."""
     kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".gif": "gif"}.get(path.suffix.lower(), "png")
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    raw = path.read_bytes()
+    if len(raw) > LARGE and (image := tried(path)[0]) is not None:
+        image.thumbnail((SIDE, SIDE))
+        smaller = io.BytesIO()
+        image.save(smaller, "jpeg", quality=80)
+        if smaller.tell() < len(raw):
+            kind, raw = "jpeg", smaller.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+
+
+def short(text: str) -> str:
+    """A text as a card shows it."""
+    return text if len(text) <= LONG else f"{text[: LONG - 1]}…"
 
 
 def by_id(records: Sequence[Record]) -> dict[str, Record]:
@@ -141,7 +162,7 @@ def _varied(records: Sequence[Record], run: Run, n: int) -> list[Record]:
 
 def _over_time(run: Run, task: str, record: Record, rows: Sequence[Row]) -> Sample:
     answers = []
-    for row in rows:
+    for row in some(rows, STAGES):
         found = by_id(row.predictions(task)).get(str(record["id"]))
         if found is not None:
             answers.append(_answer("zero-shot" if row.task == ZERO_SHOT else row.task, found))
@@ -149,10 +170,10 @@ def _over_time(run: Run, task: str, record: Record, rows: Sequence[Row]) -> Samp
 
 
 def _answer(when: str, record: Record) -> Answer:
-    return Answer(when, str(record["prediction"]), float(record["score"]))
+    return Answer(when, short(str(record["prediction"])), float(record["score"]))
 
 
 def _sample(run: Run, task: str, record: Record, answers: tuple[Answer, ...]) -> Sample:
     picture = run.thumbnail(record)
-    references = tuple(str(r) for r in record["references"])
-    return Sample(task, str(record["question"]), references, data_uri(picture) if picture else None, answers)
+    references = tuple(short(str(r)) for r in record["references"][:MANY])
+    return Sample(task, short(str(record["question"])), references, data_uri(picture) if picture else None, answers)
