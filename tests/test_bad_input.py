@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 import own_data
 from retain import files
 from retain.cli import app
+from retain.run import records
 
 Case = tuple[Callable[[Path], list[str]], list[str]]
 
@@ -236,7 +237,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
 def rewrite(path: Path) -> None:
     head = json.loads(path.read_text())
     head["signature"]["base"] = "0123456789abcdef"
-    path.write_text(json.dumps(head))
+    path.write_text(json.dumps(records.sealed(path.name, head)))
 
 
 def redigest(path: Path) -> None:
@@ -244,7 +245,7 @@ def redigest(path: Path) -> None:
     for entry in data.values():
         if isinstance(entry, dict) and "digest" in entry:
             entry["digest"] = "0123456789abcdef"
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps({name: records.sealed(name, entry) for name, entry in data.items()}))
 
 
 @pytest.mark.parametrize("case", FOLDERS)
@@ -267,7 +268,7 @@ def test_adapter_of_another_model_is_refused(run: tuple[list[str], Path], tmp_pa
     processor.save_pretrained(tmp_path / "other")
     head = json.loads((folder / "run.json").read_text())
     head["config"]["model"]["name"] = str(tmp_path / "other")
-    (folder / "run.json").write_text(json.dumps(head))
+    (folder / "run.json").write_text(json.dumps(records.sealed("run.json", head)))
     result = call("export", str(folder), "--to", str(tmp_path / "out"))
     refused(result, ["adapters of another model", "base"])
 

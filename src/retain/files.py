@@ -1,7 +1,8 @@
 """Files and folders that survive a kill: written under a temporary name, flushed to disk, renamed; torn lines cut off.
 
 JSON keeps the order of its keys: the order of adapters is the order of sums, and so part of the result. What is
-written has the permissions that the user's umask asks for, whatever a library chose for its temporary files.
+written has the permissions that the user's umask asks for, whatever a library chose for its temporary files. Text that
+UTF-8 cannot hold (half of a surrogate pair, as in file names that are not UTF-8) is written as JSON's own escape.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from retain.types import RetainError
+
+DEEPEST = 500
+"""Lists and objects inside each other in a JSON file that is read: more would exhaust the stack of who walks it."""
 
 
 def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
@@ -81,8 +85,9 @@ def aside(to: str | Path) -> Iterator[Path]:
 
 def _sweep(to: Path) -> None:
     """Remove the unfinished folders of processes that were killed while they wrote `to`."""
-    for left in to.parent.glob(f".{glob.escape(to.name)}.part-*") if to.parent.is_dir() else ():
-        found = re.fullmatch(r".*\.part-(\d+)", left.name)
+    ours = re.compile(rf"\.+{re.escape(to.name)}(?:\.part-\d+)*\.part-(\d+)")  # one writer may call another
+    for left in to.parent.glob(f".*{glob.escape(to.name)}.part-*") if to.parent.is_dir() else ():
+        found = ours.fullmatch(left.name)
         if found and left.is_dir() and not left.is_symlink() and not _lives(int(found[1])):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -113,21 +118,32 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda p: p.write_text(text, encoding="utf8"))
 
 
+def utf8(text: str) -> bool:
+    """Whether UTF-8 can hold it: not with half of a surrogate pair."""
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
+
+
+def json_text(value: Any, indent: int | None = None, other: Callable[[Any], Any] | None = None) -> str:
+    """A value as JSON that UTF-8 can hold, and that `parse_json` gives back; `other` turns what JSON does not know."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, default=other)
+    return text if text.isascii() else re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
 def write_json(path: Path, value: Any) -> None:
     """An atomic JSON file, keys in their order."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent=1) + "\n")
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """An atomic JSONL file."""
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    write_text(path, "".join(json_text(r) + "\n" for r in rows))
 
 
 def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows in one write, so that a kill leaves whole lines and at most one torn one at the end."""
     try:
         with path.open("a", encoding="utf8") as f:
-            f.write("".join(json.dumps(r, default=float, ensure_ascii=False) + "\n" for r in rows))
+            f.write("".join(json_text(r, other=float) + "\n" for r in rows))
     except OSError as error:
         raise RetainError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -142,16 +158,46 @@ def mend(path: Path) -> None:
             f.truncate(whole.rfind(b"\n") + 1)
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file; a missing or broken one is an error that names it."""
+def read_json(path: Path, deepest: int = DEEPEST) -> Any:
+    """A JSON file; a missing or broken one, or one that is nested too deep, is an error that names it."""
+    if path.exists() and not path.is_file():
+        raise RetainError(f"cannot read {path}: it is no file")
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        return parse_json(path.read_text(encoding="utf8"), deepest)
     except OSError as error:
         raise RetainError(f"cannot read {path}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise RetainError(
             f"{path} is not valid JSON ({error}); it was not written by retain, or was edited"
         ) from error
+
+
+def parse_json(text: str, deepest: int = DEEPEST, whole: Callable[[str], Any] | None = None) -> Any:
+    """A JSON text as plain data; `whole` reads whole numbers.
+
+    ValueError: not valid, nested deeper than `deepest`, a whole number of thousands of digits.
+    """
+    try:
+        value = json.loads(text, parse_int=whole)
+    except RecursionError:
+        raise ValueError(f"nested more than {deepest} deep") from None
+    if text.count("[") + text.count("{") > deepest and _deeper(value, deepest):
+        raise ValueError(f"nested more than {deepest} deep")
+    return value
+
+
+def _deeper(value: Any, deepest: int) -> bool:
+    """Whether something is nested deeper than that; walked level by level, without a stack."""
+    level = [value]
+    for _ in range(deepest):
+        level = [
+            x
+            for v in level
+            for x in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())
+        ]
+        if not level:
+            return False
+    return True
 
 
 def read_record(path: Path, *keys: str) -> dict[str, Any]:
@@ -165,8 +211,8 @@ def read_record(path: Path, *keys: str) -> dict[str, Any]:
     return value
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """A JSONL file. A torn last line, as a kill leaves it, is left out; any other bad line is an error."""
+def read_jsonl(path: Path) -> list[Any]:
+    """The lines of a JSONL file. A torn last line, as a kill leaves it, is left out; any other bad line is an error."""
     try:
         lines = path.read_text(encoding="utf8", errors="replace").split("\n")
     except OSError as error:
@@ -176,8 +222,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            out.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            out.append(parse_json(line))
+        except ValueError as error:
             if number == len(lines):
                 break
             raise RetainError(f"{path}, line {number}: not valid JSON ({error})") from error

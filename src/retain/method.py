@@ -42,6 +42,8 @@ from retain.types import Batch, Conflict, Examples, Output, RetainError
 
 FULL_GRADS = "full_grads"  # reads whole .grad tensors before or after the step
 FULL_PARAMS = "full_params"  # reads or writes whole adapter tensors during training
+UNBOUNDED = {"finite": False}
+"""Metadata of a state field that may hold nan or infinity: field(init=False, default=inf, metadata=UNBOUNDED)."""
 
 
 def _silent(**_: Any) -> None: ...

@@ -11,7 +11,7 @@ from retain.assemble import build_stream
 from retain.metrics import score
 from retain.run.continual import DATA, changes
 from retain.run.evaluate import score as score_answers
-from retain.run.store import Row, RunDir, read_jsonl
+from retain.run.store import Row, RunDir
 from retain.stream import Task
 from retain.types import RetainError
 
@@ -52,7 +52,7 @@ def rescore(
 
 def _cell(row: Row, task: Task, changed: str) -> Cell:
     path = row.predictions(task.name)
-    saved = {line["id"]: line for line in read_jsonl(path)}
+    saved = {line["id"]: line for line in row.answers(task.name)}
     missing = [e.id for e in task.test if e.id not in saved]
     if missing:
         raise RetainError(
@@ -60,7 +60,7 @@ def _cell(row: Row, task: Task, changed: str) -> Cell:
         )
     lines = [saved[e.id] for e in task.test]
     if not changed and any(
-        line["references"] != list(e.targets) for line, e in zip(lines, task.test, strict=True)
+        line.get("references") != list(e.targets) for line, e in zip(lines, task.test, strict=True)
     ):
         changed = DATA
     scored = score_answers(task, [line["prediction"] for line in lines])

@@ -7,7 +7,6 @@ share of a matrix product timed on the spot. What is an estimate is called one, 
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -270,16 +269,13 @@ def _speed(recipe: Recipe, runs: Path) -> tuple[float, str]:
     """FLOP/s and where the figure is from."""
     rates = []
     for path in sorted(runs.glob("*/run.json")):
-        budgets = sorted(path.parent.glob("rows/*/budget.json"))
-        if not budgets:
-            continue
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))["config"]
-            spent = json.loads(budgets[-1].read_text(encoding="utf-8"))
-            if config["model"]["name"] == recipe.model.name and spent["train_s"] > 0:
+            run = RunDir.read(path.parent)
+            config, spent = run.config, next((b for row in reversed(run.rows()) if (b := row.budget())), None)
+            if spent and config["model"]["name"] == recipe.model.name and spent["train_s"] > 0:
                 rates.append(spent["train_flops"] / spent["train_s"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # another tool's folder: it has nothing to say about speed
+        except (RetainError, KeyError, TypeError):
+            continue  # another tool's folder, or a broken one: it has nothing to say about speed
     if rates:
         return statistics.median(rates), f"median of {len(rates)} earlier runs of this model in {runs}"
     device = Engine.start(recipe.model.device).device

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retain.adapters.bank import AdapterBank
-from retain.types import Batch
+from retain.types import Batch, RetainError
 
 KEPT = 0.75  # finished rows leave once so few are going on: to leave means to copy what the others have seen
 
@@ -55,6 +55,12 @@ def greedy(model: Decodes, batch: Batch, max_new_tokens: int) -> list[list[int]]
     position_B = torch.tensor(batch.meta["next_position"], device=model.device)
     cache = model.cache(B, T + max_new_tokens)
     last_BV = model.prefill(batch, cache)
+    if not (whole_B := last_BV.amax(-1).isfinite()).all():  # a nan would be read as a token, and scored
+        example = batch.examples[int((~whole_B).nonzero()[0])]
+        raise RetainError(
+            f"example {example.id!r}: the model's answer is not finite: its weights are finite, and so large that they "
+            "overflow on the way; lower optim.lr, or compute wider (model.dtype, eval.precision: fp32)"
+        )
     rows, unfinished, mix = list(range(B)), set(range(B)), full  # rows: the samples in the cache
     for step in range(max_new_tokens):
         if any(asked):

@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from retain.files import parse_json
 from retain.metrics import AccuracyMatrix
-from retain.run.store import FORMAT, TUNED, RunDir, read_json, read_jsonl
+from retain.run import records
+from retain.run.continual import saved_matrix
+from retain.run.store import TUNED, RunDir, safe
 from retain.run.store import Row as RowDir
 from retain.types import RetainError
 
@@ -49,12 +50,14 @@ class Row:
     @cached_property
     def trained(self) -> frozenset[str]:
         """The adapters that this row's task trained; empty where that was not recorded."""
-        return frozenset(_optional(self.folder.path / "fit.json").get("trained", ()))
+        file = self.folder.path / "fit.json"
+        return (
+            frozenset(records.read(file, records.Fit).get("trained", ())) if file.is_file() else frozenset()
+        )
 
     def predictions(self, task: str) -> list[Record]:
         """The predictions on one task, in the order of its test split; empty where it was not evaluated."""
-        path = self.folder.predictions(task)
-        return list(read_jsonl(path)) if path.is_file() else []
+        return list(self.folder.answers(task)) if self.folder.predictions(task).is_file() else []
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Run:
     def thumbnail(self, record: Record) -> Path | None:
         """The test image of a prediction, where one was kept; never a path that leaves the run folder."""
         name = record.get("image")
-        if not isinstance(name, str):
+        if not isinstance(name, str) or "\0" in name:
             return None
         path = (self.path / name).resolve()
         return path if path.is_relative_to(self.path.resolve()) and path.is_file() else None
@@ -132,25 +135,25 @@ class Group:
 def load_run(path: Path) -> Run:
     """One run folder. RetainError: not a run folder (names what is missing), another format, broken JSON."""
     head = _head(path)
-    config = head.get("config") or _config(path / "config.yaml")
-    data = _optional(path / "data.json")
+    config = head.get("config", {})
+    data = records.read_table(path / "data.json", records.Data) if (path / "data.json").is_file() else {}
     run = RunDir.read(path)
-    whole = _matrix(path / "matrix.json")
+    whole = saved_matrix(run) if (path / "matrix.json").is_file() else None
     tasks = list(whole.all_tasks) if whole is not None else _in_order(path, list(data))
     rows = tuple(_rows(run, tasks))
     matrix = whole if whole is not None else partial_matrix(rows, tasks)
     return Run(
         path=path,
         name=str(head.get("name", path.name)),
-        seed=int(head.get("seed", config.get("seed", 0))),
+        seed=head.get("seed", config.get("seed", 0)),
         method=tuple(_parts(head.get("method", config.get("method", [])))),
         config=config,
-        environment=_optional(path / "environment.json"),
+        environment=_optional(path / "environment.json", records.Environment),
         data=data,
         rows=rows,
         matrix=matrix,
         done=(path / "DONE").exists(),
-        published=_optional(path / "published.json"),
+        published=_optional(path / "published.json", records.Published),
     )
 
 
@@ -184,16 +187,21 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 
 def read_events(path: Path) -> list[Record]:
-    """Lines of events.jsonl. A killed run leaves a cut line, and its resume writes on: these are left out."""
-    records: list[Record] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    """Lines of events.jsonl. It is a log: a line that is cut (by a kill) or cannot be sorted in is left out."""
+    found: list[Record] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            event = parse_json(line, records.FLAT, whole=_whole)
+        except ValueError:
             continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+        if records.is_a(event, records.Event):
+            found.append(event)
+    return found
+
+
+def _whole(digits: str) -> float:
+    """A whole number of a log; one that no float holds is infinite."""
+    return int(digits) if len(digits) < 19 else float(digits)
 
 
 def _key(i: int, record: Record) -> tuple[Any, ...]:
@@ -216,11 +224,7 @@ def _head(path: Path) -> Record:
         inside = sorted(child.parent.name for child in path.glob("*/run.json"))
         hint = f"; it holds the runs {inside}: name one, or {path}/*" if inside else ""
         raise RetainError(f"{path}: not a run folder: run.json is missing{hint}")
-    head = _object(path / "run.json")
-    if head.get("format") != FORMAT:
-        text = f"format {head.get('format')!r}, but this version of retain reads format {FORMAT}"
-        raise RetainError(f"{path / 'run.json'}: {text}")
-    return head
+    return RunDir(path, main=False).head
 
 
 def _in_order(path: Path, tasks: list[str]) -> list[str]:
@@ -237,7 +241,7 @@ def _parts(spec: Any) -> list[str]:
         return [spec]
     if isinstance(spec, Mapping):
         return [str(name) for name in spec]
-    return [name for part in spec for name in _parts(part)]
+    return [name for part in spec for name in _parts(part)] if isinstance(spec, list | tuple) else [str(spec)]
 
 
 def partial_matrix(rows: Sequence[Row], tasks: Sequence[str]) -> AccuracyMatrix | None:
@@ -262,42 +266,14 @@ def partial_matrix(rows: Sequence[Row], tasks: Sequence[str]) -> AccuracyMatrix 
 
 def _rows(run: RunDir, tasks: Sequence[str]) -> list[Row]:
     """Rows on disk. Folder names are made safe for a file system; `tasks` are the names as given."""
-    known = {_safe(task): task for task in tasks}
+    known = {safe(task): task for task in tasks}
     rows = []
     for folder in run.rows():
         index = int(folder.path.name.split("-", 1)[0])
         task = known.get(folder.name, folder.name)
-        rows.append(Row(index, task if index else ZERO_SHOT, folder, _optional(folder.path / "budget.json")))
+        rows.append(Row(index, task if index else ZERO_SHOT, folder, folder.budget()))
     return rows
 
 
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
-
-
-def _object(path: Path) -> Record:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise RetainError(f"{path}: a JSON object is needed, this is {type(value).__name__}")
-    return value
-
-
-def _optional(path: Path) -> Record:
-    return _object(path) if path.is_file() else {}
-
-
-def _config(path: Path) -> Record:
-    if not path.is_file():
-        return {}
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RetainError(f"{path}: no valid YAML: {error}") from None
-    return value if isinstance(value, dict) else {}
-
-
-def _matrix(path: Path) -> AccuracyMatrix | None:
-    if not path.is_file():
-        return None
-    value = read_json(path)
-    return AccuracyMatrix.from_json(value if isinstance(value, str) else json.dumps(value))
+def _optional(path: Path, shape: Any) -> Record:
+    return records.read(path, shape) if path.is_file() else {}

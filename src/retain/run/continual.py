@@ -26,10 +26,11 @@ import torch
 from safetensors import safe_open
 
 from retain.adapters.prompt import tokens_in_front
-from retain.files import read_jsonl, read_record, write_json, write_jsonl, write_text
+from retain.files import utf8, write_text
 from retain.method import Context, Method
 from retain.metrics.matrix import AccuracyMatrix
 from retain.models.base import Model
+from retain.run import records
 from retain.run.engine import Engine, peak_memory
 from retain.run.evaluate import EvalOptions, cell_key, evaluate, lengths, plan, score
 from retain.run.store import Row, RunDir, TunedDir, differences, empty, safe
@@ -66,7 +67,7 @@ class Silent:
 
 
 Cell = dict[str, Any]
-"""What is known of a finished cell: key, score, n, copied, seconds, compat, tokens."""
+"""What is known of a finished cell: `retain.run.records.Cell`."""
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Running:
     watch: Watcher
     seed: int
     tuned: TunedDir | None = None
-    cells: dict[str, tuple[Path, Cell]] = field(default_factory=dict)  # finished, by key, with predictions
+    cells: dict[str, tuple[Row, str, Cell]] = field(default_factory=dict)  # finished, by key: where, and what
     data: dict[str, str] = field(default_factory=dict)  # digest of each task
 
 
@@ -118,7 +119,7 @@ def run(
             watch.warn(
                 f"{store.path} is finished, and its scores are those of its own answer key: {said(changed)}"
             )
-        return AccuracyMatrix.from_json(read_record(store.path / "matrix.json", "tasks", "values"))
+        return saved_matrix(store)
     stages = check(r)
     with store.locked():
         _describe(r)
@@ -129,12 +130,13 @@ def run(
             if not row.done:
                 _one_row(r, row, task, seen, before)
             for name, cell in row.cells().items():
-                r.cells.setdefault(cell["key"], (row.predictions(name), cell))
+                row.intact(name)
+                r.cells.setdefault(cell["key"], (row, name, cell))
             if task:
                 seen, before = seen + taught(task, stream), row
         matrix = collect(stream, store)
         if engine.main:
-            write_json(store.path / "matrix.json", matrix.to_data())
+            records.write(store.path / "matrix.json", matrix.to_data())
             write_text(store.path / "DONE", "")
         engine.wait()
     return matrix
@@ -153,6 +155,8 @@ def check(r: Running) -> Sequence[Task]:
         check_kind(r.method, r.model.adapters.kind)
     files = Counter(safe(t.name).casefold() for t in r.stream.all)
     for task in r.stream.all:
+        if not utf8(task.name):
+            raise RetainError(f"task {task.name!r}: the name is no text that UTF-8 can hold; rename it")
         if files[safe(task.name).casefold()] > 1:
             raise RetainError(
                 f"task {task.name!r}: another task's name is the same as a file name; rename one"
@@ -206,7 +210,7 @@ def _one_row(r: Running, row: Row, task: Task | None, seen: list[str], before: R
         seen = seen + taught(task, r.stream)
     cells = _evaluate(r, row, r.method if task else None, seen)
     if r.engine.main:
-        write_json(row.path / "budget.json", _budget(r, row, before, cells))
+        records.write(row.path / "budget.json", _budget(r, row, before, cells))
         row.mark("DONE")
         r.watch.row(task.name if task else row.name, {name: cell["score"] for name, cell in cells.items()})
     r.engine.wait()
@@ -244,34 +248,37 @@ def _evaluate(r: Running, row: Row, method: Method | None, seen: list[str]) -> d
         key = cell_key(r.model, task, batches, digests, r.options, r.data[task.name])
         r.watch.evaluating(task.name, len(task.test))
         if kept.get(task.name, {}).get("key") == key:
+            row.intact(task.name)
             cells[task.name] = kept[task.name]
         elif key in r.cells:
             cells[task.name] = _copy(r, row, task, key)
         else:
             cells[task.name] = _answer(r, row, task, key, batches, started)
-        r.cells.setdefault(key, (row.predictions(task.name), cells[task.name]))
+        r.cells.setdefault(key, (row, task.name, cells[task.name]))
         if r.engine.main:
-            write_json(row.path / "cells.json", cells)
+            row.save_cells(cells)
         told = {k: cells[task.name][k] for k in ("score", "n", "copied")}
         r.store.event(kind="cell", row=row.path.name, task=task.name, **told)
     return cells
 
 
 def _copy(r: Running, row: Row, task: Task, key: str) -> Cell:
-    source, cell = r.cells[key]
+    source, name, cell = r.cells[key]
+    cell = {**cell, "copied": True, "seconds": 0.0, "tokens": 0}
     if r.engine.main:
-        write_jsonl(row.predictions(task.name), read_jsonl(source))
+        cell["answers"] = row.save_answers(task.name, source.answers(name))
     r.watch.advance(len(task.test))
-    return {**cell, "copied": True, "seconds": 0.0, "tokens": 0}
+    return cell
 
 
 def _answer(r: Running, row: Row, task: Task, key: str, batches: Any, started: float) -> Cell:
     target = row.predictions(task.name)
     part = target.with_name(f"{target.stem}.{key}.part")
     predictions = evaluate(r.model, task, batches, r.options, r.engine, part, r.watch.advance)
+    written = {}
     if r.engine.main:
         shown = {e.id: r.store.sample(task.name, e) for e in task.test[: r.options.thumbnails]}
-        write_jsonl(target, [p.to_json(shown.get(p.id)) for p in predictions])
+        written["answers"] = row.save_answers(task.name, [p.to_json(shown.get(p.id)) for p in predictions])
         for file in target.parent.glob(f"{part.name}*"):  # of every process, also of an earlier launch
             file.unlink()
     compat = [p.compat for p in predictions if p.compat is not None]
@@ -281,6 +288,7 @@ def _answer(r: Running, row: Row, task: Task, key: str, batches: Any, started: f
         "compat": sum(compat) / len(compat) if compat else None,
         "tokens": sum(lengths(r.model, task.test))
         + sum(tokens_in_front(r.model.adapters, mix, len(rows)) for rows, mix in batches),
+        **written,
     }  # fmt: skip
 
 
@@ -291,14 +299,21 @@ def collect(stream: Stream, store: RunDir) -> AccuracyMatrix:
     one: only what holds for a final model is then defined.
     """
     values = {
-        len(row.learned): {
-            t.name: [p["score"] for p in read_jsonl(row.predictions(t.name))] for t in stream.all
-        }
+        len(row.learned): {t.name: [p["score"] for p in row.answers(t.name)] for t in stream.all}
         for row in store.rows()
         if row.done
     }
     ids = {t.name: [row.id for row in plain(t.test)] for t in stream.all}
     return AccuracyMatrix.from_scores([t.name for t in stream], [t.name for t in stream.unseen], values, ids)
+
+
+def saved_matrix(store: RunDir) -> AccuracyMatrix:
+    """The matrix of a finished run as its folder has it. RetainError: of another shape, changed since, not a matrix."""
+    file = store.path / "matrix.json"
+    try:
+        return AccuracyMatrix.from_json(records.read(file, records.Matrix))
+    except (RetainError, ValueError) as error:  # ValueError: rows of uneven length
+        raise RetainError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
 
 def _cost(r: Running, stats: FitStats) -> dict[str, Any]:
@@ -316,10 +331,10 @@ def _budget(r: Running, row: Row, before: Row | None, cells: Mapping[str, Cell])
     bank = r.model.adapters
     numbers = sum(p.numel() for name in bank.names for p in bank.parameters(name).values())
     state_numbers, state_bytes = _method_tensors(row)
-    fitted = read_record(row.path / "fit.json") if row.trained else {}
+    fitted = row.fit()
     zero_shot = r.store.row(0, "zero_shot")
     earlier = before or (zero_shot if row.index else None)
-    old = read_record(earlier.path / "budget.json") if earlier else {}
+    old = earlier.budget() if earlier else {}
     train_s, eval_s = fitted.get("seconds", 0.0), sum(c["seconds"] for c in cells.values())
     total = {
         **{k: fitted.get(k, 0) for k in ("steps", "samples", "tokens")},
@@ -378,7 +393,7 @@ def _same_setting(r: Running) -> None:
     file = r.store.path / "setting.json"
     if not file.is_file() or not any(row.trained or row.checkpoints().newest() for row in r.store.rows()):
         return
-    changed = differences(read_record(file), setting(r))
+    changed = differences(records.read(file, records.Setting), setting(r))
     if any(c.startswith("tasks:") for c in changed):
         raise RetainError(
             f"{r.store.path}: the data of the stream changed since this run began ({changed[-1]})"
@@ -400,28 +415,28 @@ def _describe(r: Running) -> None:
     if not r.engine.main:
         return
     file, made = r.store.path / "setting.json", setting(r)
-    if not file.is_file() or read_record(file) != made:
-        write_json(file, made)
+    if not file.is_file() or records.read(file, records.Setting) != made:
+        records.write(file, made)
     file, base = r.store.path / "environment.json", r.model.fingerprint()
-    old = read_record(file, "model") if file.is_file() else {"model": base}
-    if old["model"] != base:
-        raise RetainError(f"{r.store.path}: this run began with base model {old['model']}, not {base}")
+    old = records.read(file, records.Environment) if file.is_file() else {"model": base}
+    if old.get("model") != base:
+        raise RetainError(f"{r.store.path}: this run began with base model {old.get('model')}, not {base}")
     if not file.is_file():
-        write_json(file, {**environment(), "model": base, "seed": r.seed})
+        records.write(file, {**environment(), "model": base, "seed": r.seed})
 
 
 def _describe_data(r: Running) -> None:
     """data.json, and the digests that the cells of this run are known by."""
     file, now = r.store.path / "data.json", _hashes(r.stream.all)
-    old = read_record(file) if file.is_file() else None
+    old = records.read_table(file, records.Data) if file.is_file() else None
     former = old is not None and not all("data" in entry for entry in old.values())
     r.data |= {name: entry["data" if former else "digest"] for name, entry in now.items()}
     if not r.engine.main:
         return
     if old is None:
-        write_json(file, now)
+        records.write_table(file, now)
         if r.stream.published is not None:
-            write_json(r.store.path / "published.json", asdict(r.stream.published))
+            records.write(r.store.path / "published.json", asdict(r.stream.published))
         return
     changed = _changes(old, now)
     if changed or list(old) != list(now):
@@ -446,7 +461,7 @@ def _hashes(tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
 def changes(store: RunDir, stream: Stream) -> dict[str, str]:
     """What is no more as a run's folder has it, by task: its data, or its answer key."""
     file = store.path / "data.json"
-    return _changes(read_record(file), _hashes(stream.all)) if file.is_file() else {}
+    return _changes(records.read_table(file, records.Data), _hashes(stream.all)) if file.is_file() else {}
 
 
 DATA, KEY = "data", "answer key in the data"
@@ -488,7 +503,7 @@ def _same_scores(r: Running) -> None:
             cell, path = row.cells().get(task.name), row.predictions(task.name)
             if cell is None or not path.is_file():
                 continue
-            saved = {line["id"]: line["prediction"] for line in read_jsonl(path)}
+            saved = {line["id"]: line["prediction"] for line in row.answers(task.name)}
             if any(e.id not in saved for e in task.test):
                 continue  # a torn file is made again
             scored = score(task, [saved[e.id] for e in task.test])

@@ -23,6 +23,7 @@ from retain.adapters.bank import Mix
 from retain.files import append_lines, mend, read_jsonl
 from retain.method import Context, Method
 from retain.models.base import Model
+from retain.run import records
 from retain.run.engine import Engine, autocast
 from retain.stream import Task
 from retain.types import Examples, Lazy, RetainError, digest
@@ -148,7 +149,7 @@ def evaluate(
         part.parent.mkdir(parents=True, exist_ok=True)
         mend(mine)
         for file in sorted(part.parent.glob(f"{part.name}*")):
-            found |= {row["id"]: row["prediction"] for row in read_jsonl(file)}
+            found |= _saved(file)
     told: dict[int, tuple[str, Mapping[str, float]]] = {}
     with model.adapters.unchanging():
         for rows, mix in batches[engine.rank :: engine.world]:
@@ -158,14 +159,23 @@ def evaluate(
             else:
                 texts = _generate(model, task, rows, mix, options)
                 if mine is not None:
-                    append_lines(
-                        mine, [{"id": i, "prediction": text} for i, text in zip(ids, texts, strict=True)]
-                    )
+                    lines = [{"id": i, "prediction": text} for i, text in zip(ids, texts, strict=True)]
+                    append_lines(mine, [records.sealed("part", line) for line in lines])
             told |= {i: (text, _weights(mix, k)) for k, (i, text) in enumerate(zip(rows, texts, strict=True))}
             advance(len(rows))
     everyone = {i: row for share in engine.gather(told) for i, row in share.items()}
     whole = [everyone[i] for i in range(len(task.test))]
     return score(task, [text for text, _ in whole], [mix for _, mix in whole])
+
+
+def _saved(file: Path) -> dict[str, str]:
+    """Answers by id that an evaluation under way has left; a changed one is a RetainError."""
+    out = {}
+    for number, row in enumerate(read_jsonl(file), 1):
+        where = f"{file}, line {number}"
+        line = records.unsealed("part", records.fits(row, records.Part, where), where)
+        out[line["id"]] = line["prediction"]
+    return out
 
 
 def score(

@@ -10,26 +10,27 @@
 Everything is safetensors, JSON, JSONL or YAML; nothing is ever unpickled. A file is written under a temporary
 name, flushed and renamed; the marker of a stage (TRAINED, DONE) is written last. After a resume, events.jsonl
 may tell a step twice: the last one counts.
+
+What was written is what is read: a record has a seal (`retain.run.records`), and digests say what it stands for.
+bank.json knows the adapters, cells.json the predictions, a state's JSON its tensors. They are compared at every load.
+Names of tasks and adapters become names of files in one place (`safe`), and files that a record names must be inside.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from PIL import Image as PILImage
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from retain.adapters.bank import AdapterBank, Mix
@@ -46,97 +47,25 @@ from retain.files import (
     write_text,
 )
 from retain.method import Method
-from retain.types import Example, Message, RetainError, digest
+from retain.run import records
+from retain.run.sound import broken, is_of, wrong_kinds
+from retain.run.states import (
+    built_state,
+    load_state,
+    load_tensors,
+    loaded_state,
+    read_state,
+    save_state,
+    save_tensors,
+)
+from retain.types import Example, RetainError, digest
 
 FORMAT = 1
 TUNED = "about-this-folder.txt"
+LONGEST = 200
+"""Bytes of a file name that a name is left as it is; longer ones are cut, and a hash tells them apart."""
 NOT_THE_RECIPE = frozenset({"out", "reuse", "track"})
 """Keys of a config that do not decide what is computed: a run continues where they differ."""
-
-
-# -- states --------------------------------------------------------------------------------------------------
-
-
-def save_state(stem: Path, value: Any) -> None:
-    """A nest of plain values, tensors, arrays, paths and Examples as `stem.json` and `stem.safetensors`.
-
-    Nests are dicts, lists, tuples and sets. Anything else is a RetainError that names its type.
-    """
-    tensors: dict[str, Tensor] = {}
-    skeleton = _pack(value, tensors, stem.name)
-    write_atomic(stem.with_suffix(".safetensors"), lambda p: save_file(tensors, p))
-    write_json(stem.with_suffix(".json"), skeleton)
-
-
-def load_state(stem: Path, device: torch.device | str = "cpu") -> Any:
-    """The inverse of `save_state`. A tensor goes back to where it was: the CPU, or the accelerator."""
-    skeleton = read_json(stem.with_suffix(".json"))
-    return _unpack(skeleton, load_tensors(stem.with_suffix(".safetensors")), torch.device(device))
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file; a missing or corrupt one is an error that names it."""
-    try:
-        # Cloned: a tensor in the mapped file is aligned differently, and a sum may differ in its last bit.
-        return {k: v.clone() for k, v in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise RetainError(f"cannot read {path}: {error}") from error
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """An atomic safetensors file."""
-    write_atomic(path, lambda p: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, p))
-
-
-def _pack(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Tensor | np.ndarray):
-        t = (
-            value
-            if isinstance(value, Tensor)
-            else torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
-        )  # a copy in this machine's byte order: it may be read-only
-        key = f"t{len(tensors):05d}"
-        tensors[key] = t.detach().cpu().contiguous().clone()
-        return {"$tensor" if isinstance(value, Tensor) else "$array": [key, t.device.type != "cpu"]}
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, PILImage.Image):
-        return _pack(np.array(opened(value, at)), tensors, at)
-    if isinstance(value, Path):
-        return {"$path": str(value)}
-    if isinstance(value, Example):
-        turns = [(m.role, m.text, m.images, *([m.at] if m.at else [])) for m in value.messages]
-        body = (value.id, turns, value.images, value.references, dict(value.meta))
-        return {"$example": [_pack(v, tensors, at) for v in body]}
-    if isinstance(value, Mapping):
-        return {"$dict": [[_pack(k, tensors, at), _pack(v, tensors, f"{at}.{k}")] for k, v in value.items()]}
-    for kind, types in (("$list", list), ("$tuple", tuple), ("$set", set | frozenset)):
-        if isinstance(value, types):
-            return {kind: [_pack(v, tensors, at) for v in (sorted(value) if kind == "$set" else value)]}
-    raise RetainError(
-        f"{at} holds a {type(value).__name__}, which cannot be saved without pickle; a method's state is numbers, "
-        "strings, tensors, arrays, paths, Examples, and lists, tuples, sets and dicts of them"
-    )
-
-
-def _unpack(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
-    if not isinstance(value, dict):
-        return value
-    kind, body = next(iter(value.items()))
-    if kind in ("$tensor", "$array"):
-        tensor = tensors[body[0]]
-        return tensor.numpy() if kind == "$array" else tensor.to(device) if body[1] else tensor
-    if kind == "$path":
-        return Path(body)
-    if kind == "$dict":
-        return {_unpack(k, tensors, device): _unpack(v, tensors, device) for k, v in body}
-    items = [_unpack(v, tensors, device) for v in body]
-    if kind == "$example":
-        name, turns, images, references, meta = items
-        return Example(name, tuple(Message(*turn) for turn in turns), images, references, meta)
-    return {"$list": list, "$tuple": tuple, "$set": set}[kind](items)
 
 
 # -- the run folder ------------------------------------------------------------------------------------------
@@ -156,10 +85,7 @@ class RunDir:
         head = run.path / "run.json"
         wanted = json.loads(json.dumps(config, default=str))
         if head.is_file():
-            found = read_json(head)
-            if not isinstance(found, dict) or found.get("format") != FORMAT:
-                raise RetainError(f"{head}: not a run of this version of retain (format {FORMAT})")
-            if changed := differences(found.get("config", {}), wanted):
+            if changed := differences(run.head.get("config", {}), wanted):
                 said = "; ".join(changed[:3])
                 raise RetainError(
                     f"{run.path} holds a run of another recipe ({said}); choose another folder with out=DIR"
@@ -169,7 +95,7 @@ class RunDir:
                 f"{run.path} exists and is not a run folder (no run.json); choose another with out=DIR"
             )
         elif main:
-            write_json(head, {"format": FORMAT, "name": run.path.name, "config": wanted})
+            records.write(head, {"format": FORMAT, "name": run.path.name, "config": wanted})
         if main and not (run.path / "config.yaml").is_file():
             write_text(run.path / "config.yaml", yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
         return run
@@ -183,10 +109,37 @@ class RunDir:
         return run
 
     @property
+    def head(self) -> dict[str, Any]:
+        """run.json. RetainError: of another version, of another shape, changed since."""
+        file = self.path / "run.json"
+        found = read_json(file)
+        if isinstance(found, dict) and found.get("format") != FORMAT:
+            raise RetainError(
+                f"{file}: not a run of this version of retain: format {found.get('format')!r:.40}, it reads format {FORMAT}"
+            )
+        return records.read(file, records.Head)
+
+    @property
     def config(self) -> dict[str, Any]:
         """The resolved recipe that the run was made with."""
-        config: dict[str, Any] = read_record(self.path / "run.json", "config")["config"]
-        return config
+        head = self.head
+        if "config" not in head:
+            raise RetainError(
+                f"{self.path / 'run.json'} was not written by retain, or was edited: config is missing"
+            )
+        return dict(head["config"])
+
+    def inside(self, name: str, where: Path) -> Path:
+        """A file that a record names, as a path. RetainError where it leads out of the run's folder."""
+        path = self.path / name
+        if (
+            "\0" in name
+            or Path(name).is_absolute()
+            or ".." in Path(name).parts
+            or not (path.resolve().is_relative_to(self.path.resolve()))
+        ):
+            raise RetainError(f"{where}: {name!r} leads out of the run's folder")
+        return path
 
     @property
     def done(self) -> bool:
@@ -219,7 +172,10 @@ class RunDir:
 
     def rows(self) -> list[Row]:
         """All rows on disk, in order."""
-        found = [Row(p, self) for p in (self.path / "rows").glob("[0-9][0-9]*-*") if p.is_dir()]
+        folders = [
+            p for p in (self.path / "rows").glob("*-*") if re.match(r"[0-9]{2,9}-", p.name) and p.is_dir()
+        ]
+        found = [Row(p, self) for p in folders]
         return sorted(found, key=lambda row: row.index)
 
     def event(self, **fields: Any) -> None:
@@ -245,6 +201,7 @@ class Row:
 
     path: Path
     run: RunDir
+    _cells: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def index(self) -> int:
@@ -269,7 +226,16 @@ class Row:
     @property
     def learned(self) -> list[str]:
         """The tasks of the stream that were learned up to this row."""
-        return list(read_record(self.path / "fit.json", "learned")["learned"]) if self.trained else []
+        return list(self.fit().get("learned", ())) if self.trained else []
+
+    def fit(self) -> dict[str, Any]:
+        """What training took; empty in row 0."""
+        return records.read(self.path / "fit.json", records.Fit) if self.trained else {}
+
+    def budget(self) -> dict[str, float]:
+        """What the run had cost up to this row; empty where that is not written yet."""
+        file = self.path / "budget.json"
+        return records.read(file, records.Budget) if file.is_file() else {}
 
     def mark(self, word: str) -> None:
         """Write a marker file."""
@@ -283,31 +249,45 @@ class Row:
         files: dict[str, dict[str, str]] = {}
         for name in bank.names:
             state = bank.state(name)
-            file = f"rows/{self.path.name}/adapters/{name}.safetensors"
+            file = f"rows/{self.path.name}/adapters/{safe(name)}.safetensors"
             files[name] = {"digest": digest(state), "file": file}
             if name in old and old[name]["digest"] == files[name]["digest"]:
                 files[name] = old[name]
             else:
                 save_tensors(self.run.path / file, state)
         save_state(self.path / "method", method.state_dict())
-        write_json(self.path / "fit.json", dict(stats))
+        records.write(self.path / "fit.json", stats)
         head = {"adapters": files, "mix": bank.mix.to_json(), "signature": bank.signature}
-        write_json(self.path / "bank.json", head)
+        records.write(self.path / "bank.json", head)
         self.mark("TRAINED")
         self.checkpoints().clear()
 
     def adapters(self) -> dict[str, dict[str, str]]:
         """Digest and file (relative to the run) of every adapter, in the bank's order; none in row 0."""
-        found = read_record(self.path / "bank.json", "adapters")["adapters"] if self.trained else {}
-        return dict(found)
+        return dict(records.read(self.path / "bank.json", records.Bank)["adapters"]) if self.trained else {}
 
     def load_model(self, bank: AdapterBank, method: Method | None) -> None:
         """Make the bank hold the row's adapters and mix, nothing else, and give the method its state back."""
-        head = read_record(self.path / "bank.json", "adapters", "mix", "signature")
+        file = self.path / "bank.json"
+        head = records.read(file, records.Bank)
         if changed := differences(head["signature"], json.loads(json.dumps(bank.signature, default=str))):
             raise RetainError(f"{self.path}: adapters of another model ({'; '.join(changed[:3])})")
-        files = {name: self.run.path / entry["file"] for name, entry in head["adapters"].items()}
-        states = {name: load_tensors(file) for name, file in files.items()}  # all, before anything is changed
+        unknown = [n for n in Mix.from_json(head["mix"]).names if n not in head["adapters"]]
+        odd = [n for n in head["adapters"] if not re.fullmatch(r"[\w-]+", n)]
+        if unknown or odd:
+            said = (
+                f"mix: no adapter {unknown[0]!r}" if unknown else f"adapters: {odd[0]!r} is no adapter's name"
+            )
+            raise RetainError(f"{file} was not written by retain, or was edited: {said}")
+        files = {name: self.run.inside(entry["file"], file) for name, entry in head["adapters"].items()}
+        states = {name: load_tensors(path) for name, path in files.items()}  # all, before anything is changed
+        for name, state in states.items():
+            _whole(files[name], state, head["adapters"][name]["digest"], file)
+        stem = self.path / "method"
+        if method is not None:
+            skeleton, tensors, sealed = read_state(stem)
+            told = built_state(stem, skeleton, tensors, "cpu")
+            _suits(method, told, sealed, self.path / "method.json")
         empty(bank)
         for name, state in states.items():
             paths = {key.rpartition(".")[0] for key in state}
@@ -318,7 +298,9 @@ class Row:
         bank.mix = Mix.from_json(head["mix"])
         if method is not None:
             device = next((p.device for name in bank.names for p in bank.parameters(name).values()), "cpu")
-            method.load_state_dict(load_state(self.path / "method", device))
+            method.load_state_dict(
+                told if torch.device(device).type == "cpu" else built_state(stem, skeleton, tensors, device)
+            )
 
     def checkpoints(self, device: torch.device | str = "cpu") -> CheckpointDir:
         """Where `fit` leaves its state in the middle of this row's task."""
@@ -331,7 +313,31 @@ class Row:
     def cells(self) -> dict[str, Any]:
         """What is known of the finished cells, by task."""
         path = self.path / "cells.json"
-        return read_record(path) if path.is_file() else {}
+        self._cells = records.read_table(path, records.Cell) if path.is_file() else {}
+        return dict(self._cells)
+
+    def save_cells(self, cells: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write what is known of the finished cells."""
+        self._cells = None
+        records.write_table(self.path / "cells.json", cells)
+
+    def save_answers(self, task: str, lines: Sequence[Mapping[str, Any]]) -> str:
+        """Write a cell's predictions; returns the digest of the file, which belongs into the cell."""
+        write_jsonl(self.predictions(task), lines)
+        return records.file_digest(self.predictions(task).read_bytes())
+
+    def intact(self, task: str) -> None:
+        """Raise RetainError where a finished cell's predictions are not what they were when it was finished."""
+        cells = self.cells() if self._cells is None else self._cells
+        if "answers" in cells.get(task, {}):
+            records.content(self.predictions(task), cells[task]["answers"])
+
+    def answers(self, task: str) -> list[dict[str, Any]]:
+        """A finished cell's predictions. RetainError: missing, of another shape, changed since they were written."""
+        cells = self.cells() if self._cells is None else self._cells
+        return records.read_lines(
+            self.predictions(task), records.Answer, digest=cells.get(task, {}).get("answers")
+        )
 
 
 @dataclass
@@ -341,17 +347,21 @@ class CheckpointDir:
     path: Path
     main: bool = True
     device: torch.device | str = "cpu"
+    sealed: bool = True  # whether what was loaded last has a seal: that of an earlier version has none
 
     def newest(self) -> str | None:
         """The slot that holds a complete checkpoint."""
         pointer = self.path / "newest.json"
-        return str(read_record(pointer, "stem")["stem"]) if pointer.is_file() else None
+        return str(records.read(pointer, records.Newest)["stem"]) if pointer.is_file() else None
 
     def load(self) -> dict[str, Any] | None:
         """The newest complete checkpoint, or None."""
         stem = self.newest()
         try:
-            return None if stem is None else dict(load_state(self.path / stem, self.device))
+            if stem is None:
+                return None
+            state, self.sealed = loaded_state(self.path / stem, self.device)
+            return _snapshot(state, self.sealed, self.path / f"{stem}.json", optimizer=dict, method=dict)
         except RetainError as error:
             raise RetainError(f"{error}; remove {self.path} to train this task from its start") from error
 
@@ -360,7 +370,7 @@ class CheckpointDir:
         if self.main:
             stem = "b" if self.newest() == "a" else "a"
             save_state(self.path / stem, state)
-            write_json(self.path / "newest.json", {"stem": stem})
+            records.write(self.path / "newest.json", {"stem": stem})
 
     def clear(self) -> None:
         """Forget the checkpoints, the pointer first: a kill in between leaves none torn."""
@@ -381,7 +391,8 @@ class TunedDir:
         """What was kept under a key, or None."""
         stem = self.path / key
         try:
-            return dict(load_state(stem, self.device)) if stem.with_suffix(".json").is_file() else None
+            file = stem.with_suffix(".json")
+            return _snapshot(*loaded_state(stem, self.device), file, events=list) if file.is_file() else None
         except RetainError as error:
             raise RetainError(f"{error}; remove {stem}.* to tune this task again") from error
 
@@ -414,8 +425,48 @@ def empty(bank: AdapterBank) -> None:
 
 
 def safe(name: str) -> str:
-    """A task's name as a file name."""
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    """A name of a task or an adapter as a file name: it stays in its folder, and every file system takes it."""
+    file = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    if not file.strip("."):
+        return file.replace(".", "_") or "_"
+    if len(file.encode()) > LONGEST:
+        return f"{file.encode()[:120].decode(errors='ignore')}-{digest(name)}"
+    return file
+
+
+def _whole(path: Path, state: Mapping[str, Tensor], wanted: str, head: Path) -> None:
+    """Refuse an adapter's file that is not what bank.json says, or that holds what no model can use."""
+    if digest(state) != wanted:
+        raise RetainError(f"{path} is not what {head} says (its digest does not fit)")
+    if bad := broken(state):
+        raise RetainError(
+            f"{path}: {len(bad)} tensors are not finite (first {bad[:2]}); an earlier version saved them"
+        )
+
+
+def _snapshot(state: Any, sealed: bool, path: Path, **kinds: type) -> dict[str, Any]:
+    """Refuse what is not the state of a task's training, with these entries besides; a seal says so already."""
+    if not isinstance(state, dict):
+        raise RetainError(f"{path} was not written by retain, or was edited: an object is needed")
+    if sealed:
+        return state
+    records.fits(state.get("stats"), records.Stats, f"{path}: stats")
+    wanted: dict[str, Any] = {"adapters": dict[str, dict[str, Tensor]], **kinds}
+    wrong = [key for key, kind in wanted.items() if not is_of(state.get(key), kind)]
+    if wrong or not is_of(state.get("events", []), list[dict[str, Any]]):
+        raise RetainError(f"{path} was not written by retain, or was edited: {(wrong or ['events'])[0]}")
+    return state
+
+
+def _suits(method: Method, state: Any, sealed: bool, path: Path) -> None:
+    """Refuse a method's state of another shape (of an earlier version, or edited), or one that is not finite."""
+    if not isinstance(state, Mapping) or (not sealed and (wrong := wrong_kinds(method, state))):
+        said = "an object is needed" if not isinstance(state, Mapping) else wrong
+        raise RetainError(f"{path} was not written by retain, or was edited: {said}")
+    if bad := broken(state, method):
+        raise RetainError(
+            f"{path}: {len(bad)} values are not finite (first {bad[:2]}); an earlier version saved them"
+        )
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -431,10 +482,18 @@ def _say(flat: Mapping[str, Any], key: str) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): value}
+def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A nest of mappings as one, keys joined by dots; without a stack, since a file may be nested deep."""
+    out: dict[str, Any] = {}
+    left = [("", value)]
+    while left:
+        prefix, here = left.pop()
+        for key, item in here.items():
+            if isinstance(item, Mapping) and item:
+                left.append((f"{prefix}{key}.", item))
+            else:
+                out[f"{prefix}{key}"] = item
+    return out
 
 
 def _foreign(path: Path) -> bool:

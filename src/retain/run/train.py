@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from retain.method import Context, Method, answer
 from retain.models.base import Model, Turns
 from retain.run.engine import Engine, autocast, peak_memory
 from retain.run.order import batches
+from retain.run.sound import Watchman, is_of, wrong_kinds
 from retain.types import Batch, Examples, RetainError, digest
 from retain.values import LATER, written
 
@@ -115,6 +117,9 @@ class FitStats:
 class Checkpoints(Protocol):
     """Where `fit` leaves its state every `checkpoint_every` steps; `retain.run.store` gives one."""
 
+    path: Path
+    sealed: bool
+
     def load(self) -> dict[str, Any] | None: ...
     def save(self, state: dict[str, Any]) -> None: ...
 
@@ -145,7 +150,8 @@ def fit(
     With `checkpoints` it continues after the last one, bit for bit as if nothing had happened. The caller
     gives it bank and method as they were before the task: the hooks that come before the first step run again
     (they draw from `ctx.rng` only), then the saved state replaces theirs. With `tuned`, steps that another run
-    has made from the same start are taken from there, and new ones left there.
+    has made from the same start are taken from there, and new ones left there. Before each save, and before it
+    returns, all adapters and the method's state are looked at: one that is not finite is a RetainError.
     """
     engine, bank = engine or Engine(), model.adapters
     ctx.step, ctx.batch_size, ctx.turns = 0, optim.batch_size, optim.turns
@@ -153,7 +159,9 @@ def fit(
     bank.mix = answer(method, "adapt", method.adapt(ctx))
     method.begin_task(ctx)
     examples = answer(method, "data", method.data(ctx, ctx.task.train))
-    method.state_dict()  # refuses what could not be continued, before the first step
+    rates = {"lr": optim.lr} | ({} if optim.projector_lr is None else {"projector_lr": optim.projector_lr})
+    watchman = Watchman(ctx, method, rates)
+    watchman.look("before its first step")  # also refuses a state that could not be continued
     ctx.n_steps = n_steps = optim.n_steps(len(examples))
     if not len(examples) or not n_steps:
         raise RetainError(
@@ -172,7 +180,10 @@ def fit(
     if kept:
         stats = _reuse(kept, model, ctx)
     else:
-        stats = FitStats() if saved is None else _restore(saved, model, method, optimizer)
+        stats = FitStats() if saved is None else _restored(saved, model, method, optimizer, checkpoints)
+    if saved:
+        watchman.look(f"in its checkpoint after step {stats.steps}", optimizer)
+        watchman.kept = f"its checkpoint after step {stats.steps}"
     stats.trainable_parameters = sum(p.numel() for p in parameters)
     stats.trained = sorted({key.split("/", 1)[0] for key in bank.trainable()})
     started = time.perf_counter() - stats.seconds
@@ -197,19 +208,25 @@ def fit(
             stats.tokens += n_tokens
             save = every and stats.steps % every == 0 and stats.steps < n_steps
             if save or stats.steps == n_steps or stats.steps % optim.log_every == 0:
-                stats.last_loss = _flush(losses, ctx, engine, optimizer)  # first: saved steps are finite
+                stats.last_loss = _flush(
+                    losses, ctx, engine, optimizer, watchman
+                )  # first: saved steps are finite
                 on_step(stats.steps, stats.last_loss)
             if save and checkpoints:
+                watchman.look(f"after step {stats.steps} of {n_steps}", optimizer)
                 stats.seconds = time.perf_counter() - started
                 checkpoints.save(_snapshot(stats, model, method, optimizer))
+                watchman.kept = f"its checkpoint after step {stats.steps}"
     optimizer.zero_grad(set_to_none=True)
     ctx.log = log
+    watchman.look(f"after its last step ({n_steps}{', taken from the folder of reuse' if kept else ''})")
     stats.peak_memory_bytes = max(stats.peak_memory_bytes, peak_memory(model.device))
     if tuned and key and not kept and engine.main:
         stats.seconds = time.perf_counter() - started
         adapters = {name: bank.state(name) for name in stats.trained}
         tuned.save(key, {"stats": asdict(stats), "adapters": adapters, "events": told})
     method.end_task(ctx)
+    watchman.look(f"in end_task of {' or '.join(method.owns('end_task')) or method.name}")
     if digest(method.config()) != settings:
         raise RetainError(
             f"method {method.name!r}: a hyper-parameter changed while task {ctx.task.name!r} was learned; what changes "
@@ -344,7 +361,9 @@ def _seed_dropout(ctx: Context, rank: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _flush(losses: list[Tensor], ctx: Context, engine: Engine, optimizer: torch.optim.Optimizer) -> float:
+def _flush(
+    losses: list[Tensor], ctx: Context, engine: Engine, optimizer: torch.optim.Optimizer, watchman: Watchman
+) -> float:
     """Log the answer losses and the method's terms since the last flush: the only host sync."""
     n = len(losses)
     values = engine.total(*torch.stack(losses, dim=1).flatten().tolist())
@@ -360,9 +379,7 @@ def _flush(losses: list[Tensor], ctx: Context, engine: Engine, optimizer: torch.
         None,
     )
     if bad is not None:
-        raise RetainError(
-            f"task {ctx.task.name!r}: the loss is not finite at step {bad}; lower optim.lr or check the data"
-        )
+        raise RetainError(watchman.told(f"the loss is not finite at step {bad}"))
     rates = {str(g["name"]): g["lr"] for g in optimizer.param_groups}
     method = {"method": terms[-1]} if any(terms) else {}
     ctx.log(
@@ -386,11 +403,35 @@ def _snapshot(
     return {"stats": asdict(stats), **state}
 
 
+def _restored(
+    saved: Mapping[str, Any],
+    model: Model,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    checkpoints: Checkpoints | None,
+) -> FitStats:
+    """Go on from a checkpoint. RetainError with its folder where it does not fit what is trained."""
+    try:
+        if checkpoints and not checkpoints.sealed and (wrong := wrong_kinds(method, saved["method"])):
+            raise RetainError(f"not written by retain, or edited: {wrong}")
+        return _restore(saved, model, method, optimizer)
+    except RetainError as error:
+        at = checkpoints.path if checkpoints else "the checkpoint"
+        raise RetainError(f"{at}: {error}; remove it to train this task from its start") from error
+
+
 def _restore(
     saved: Mapping[str, Any], model: Model, method: Method, optimizer: torch.optim.Optimizer
 ) -> FitStats:
     for name, state in saved["adapters"].items():
         model.adapters.load(name, state)
     method.load_state_dict(saved["method"])
-    optimizer.load_state_dict(saved["optimizer"])
+    slots, own = saved["optimizer"].get("state"), optimizer.state_dict()  # the rest of it is said by `optim`
+    if not is_of(slots, dict[int, dict[str, Tensor]]):
+        raise RetainError("not the state of an optimizer")
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        shapes = {key: t.shape for key, t in slots.get(i, {}).items()}
+        if shapes and shapes != {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+            raise RetainError(f"the state of the optimizer does not fit tensor {i} of shape {tuple(p.shape)}")
+    optimizer.load_state_dict({**own, "state": slots})
     return FitStats(**saved["stats"])
