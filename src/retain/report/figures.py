@@ -7,14 +7,22 @@ matrix that stands alone in a README carries its own.
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 from markupsafe import Markup, escape
+from PIL import Image
 
 Point = tuple[float, float]
+T = TypeVar("T")
+LABELS = 16
+"""Labels that fit below a plot, on a phone too."""
+
 SERIES = 8
 """Colours s1..s8 of the style sheet; more lines than that start again."""
 
@@ -76,6 +84,12 @@ def axis(values: Sequence[float], n: int = 4, log: bool = False) -> Axis:
     return Axis(marks[0], marks[-1], [(m, number(m)) for m in marks])
 
 
+def some(values: Sequence[T], most: int) -> list[T]:
+    """At most so many of a row, evenly spaced, the first and the last among them."""
+    n = len(values)
+    return list(values) if n <= most else [values[round(k * (n - 1) / (most - 1))] for k in range(most)]
+
+
 SCORE = Axis(0, 100, [(0, "0"), (50, "50"), (100, "100")])
 """The axis of scores."""
 
@@ -130,8 +144,14 @@ def plot(
     xs = Markup("").join(
         Markup('<span style="left:{}%">{}</span>').format(_f(x.place(value)), text) for value, text in x.ticks
     )
+    shown = set(some(range(1, len(bands) + 1), LABELS))
     for k, (name, start, end) in enumerate(bands, 1):
+        if k not in shown:
+            continue
         left, width = x.place(start), x.place(end) - x.place(start)
+        if len(bands) > LABELS:  # no room for names: some of the numbers
+            xs += Markup('<span style="left:{}%" title="{}">{}</span>').format(_f(left + width / 2), name, k)
+            continue
         text = Markup('<span class="in" style="left:{}%;width:{}%" title="{}">{}<i> {}</i></span>')
         xs += text.format(_f(left), _f(width), name, k, name)
     wide = max([len(text) for _, text in y.ticks] or [1])  # characters of the widest label beside the plot
@@ -199,6 +219,18 @@ def matrix_svg(
         for j, value in enumerate(row):
             out += _square(value, left + j * (side + gap), y, side, i == j + 1)
     return out + Markup("</svg>")
+
+
+def matrix_png(values: Sequence[Sequence[float | None]]) -> str:
+    """A matrix as a picture of one pixel a cell, inline; grey: not evaluated."""
+    image = Image.new("RGB", (max(map(len, values), default=1) or 1, len(values) or 1), "#e6e8ec")
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            if value is not None:
+                image.putpixel((j, i), tuple(bytes.fromhex(shade(value)[1:])))
+    out = io.BytesIO()
+    image.save(out, "png", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def legend(names: Sequence[str]) -> Markup:

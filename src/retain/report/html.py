@@ -21,7 +21,7 @@ from retain.metrics.formulas import Array
 from retain.report import figures, samples, summary
 from retain.report.figures import Axis, Line
 from retain.report.load import Group, Run, group, load_runs
-from retain.report.view import View, group_budget, heat, run_view
+from retain.report.view import CELLS, MANY, View, group_budget, heat, n_cells, pictured, run_view
 from retain.types import RetainError
 
 COMPARED = ("Last", "Avg (MAA)", "New (MFT)", "BWT", "Forgetting", "FWT")
@@ -65,6 +65,8 @@ def page(template: str, sources: str, **values: Any) -> str:
 
 def _one(run: Run) -> str:
     view = run_view(run)
+    if n_cells(view.get("heat")) + n_cells(view["routing"]) > CELLS:
+        view |= {key: pictured(view[key]) for key in ("heat", "routing") if n_cells(view.get(key))}
     return _render("run.html.j2", [run], title=run.label, run=_complete(view))
 
 
@@ -86,6 +88,11 @@ def _several(runs: Sequence[Run]) -> str:
     words = "Columns are tasks in the order they are learned: " + ", ".join(
         f"{k} {t}" for k, t in enumerate(tasks, 1)
     )
+    details = [_complete(run_view((summary.counted(g) or list(g.runs))[0])) for g in groups]
+    matrices = [entry["heat"] for entry in minis] + [d[key] for d in details for key in ("heat", "routing")]
+    if sum(map(n_cells, matrices)) > CELLS:
+        minis = [{**entry, "heat": pictured(entry["heat"])} for entry in minis]
+        details = [{**d, "heat": pictured(d["heat"]), "routing": pictured(d["routing"])} for d in details]
     return _render(
         "runs.html.j2",
         runs,
@@ -102,7 +109,7 @@ def _several(runs: Sequence[Run]) -> str:
         against=against.label,
         beside=samples.side_by_side(groups),
         budget=group_budget(groups),
-        details=[_complete(run_view((summary.counted(g) or list(g.runs))[0])) for g in groups],
+        details=details,
     )
 
 
@@ -172,11 +179,11 @@ def _curves(groups: Sequence[Group]) -> View | None:
         points = _so_far(mean.mean, len(mean.tasks))
         if points:
             most = max(most, len(mean.tasks))
-            lines.append(Line(points, f"s{k % figures.SERIES + 1}", g.label, dots=True))
+            lines.append(Line(points, f"s{k % figures.SERIES + 1}", g.label, dots=len(points) <= MANY))
             names.append(g.label)
     if not lines:
         return None
-    x = Axis(1, max(2, most), [(i, str(i)) for i in range(1, most + 1)])
+    x = Axis(1, max(2, most), [(i, str(i)) for i in figures.some(range(1, most + 1), figures.LABELS)])
     y = Axis(0, 100, [(v, str(v)) for v in (0, 25, 50, 75, 100)])
     plot = figures.plot(lines, x, y, "mean score on the tasks learned so far, one line per method")
     return {"plot": plot, "names": figures.legend(names)}

@@ -8,14 +8,23 @@ picture first, then the order of the test split; nothing is drawn.
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image as PILImage
 
+from retain.data.picture import tried
+from retain.report.figures import some
 from retain.report.load import ZERO_SHOT, Group, Record, Row, Run
 from retain.types import RetainError
+
+SIDE, LARGE = 160, 1 << 13
+"""A picture in a report: its longer side in pixels, and the bytes of a file from which it is made smaller."""
+
+LONG, MANY, STAGES = 600, 8, 16
+"""Characters of a text on a card, references, and moments of a sample's history."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +60,17 @@ def forgotten(run: Run, per_task: int = 2, tasks: int = 8) -> list[Sample]:
     was learned.
     """
     rows = run.learned
-    found: list[tuple[float, list[Sample]]] = []
+    found: list[tuple[float, int, list[Record]]] = []
     for i, row in enumerate(rows[:-1]):
-        before, after = row.predictions(row.task), by_id(rows[-1].predictions(row.task))
-        pairs = [(old, after[old["id"]]) for old in before if old["id"] in after]
-        lost = [(old, new) for old, new in pairs if old["score"] - new["score"] >= 50]
+        after = {str(r["id"]): float(r["score"]) for r in rows[-1].predictions(row.task)}
+        before = [r for r in row.predictions(row.task) if str(r["id"]) in after]
+        lost = [r for r in before if r["score"] - after[str(r["id"])] >= 50]
         if lost:
-            chosen = _varied(
-                [old for old, _ in sorted(lost, key=lambda p: p[1]["score"] - p[0]["score"])], run, per_task
-            )
-            drop = sum(old["score"] - new["score"] for old, new in pairs) / len(pairs)
-            found.append((drop, [_over_time(run, row.task, record, rows[i:]) for record in chosen]))
+            lost.sort(key=lambda r: after[str(r["id"])] - r["score"])
+            drop = sum(r["score"] - after[str(r["id"])] for r in before) / len(before)
+            found.append((drop, i, _varied(lost, run, per_task)))
     found.sort(key=lambda entry: -entry[0])
-    return [sample for _, samples in found[:tasks] for sample in samples]
+    return [s for _, i, chosen in found[:tasks] for s in _over_time(run, rows[i].task, chosen, rows[i:])]
 
 
 def side_by_side(groups: Sequence[Group], limit: int = 8) -> list[Sample]:
@@ -102,27 +109,47 @@ def routing(run: Run) -> Routing | None:
     if not run.learned:
         return None
     row = run.learned[-1]  # the zero-shot row has no adapter
-    mixes = {task: [r["mix"] for r in row.predictions(task) if r.get("mix")] for task in run.tasks}
-    names = list(dict.fromkeys(name for of_task in mixes.values() for mix in of_task for name in mix))
+    sums: dict[str, dict[str, float]] = {}
+    names: dict[str, None] = {}
+    for task in run.tasks:
+        n, of_task = 0, dict[str, float]()
+        for record in row.predictions(task):
+            for name, weight in (record.get("mix") or {}).items():
+                of_task[name] = of_task.get(name, 0.0) + float(weight)
+                names[name] = None
+            n += bool(record.get("mix"))
+        if n:
+            sums[task] = {name: total / n for name, total in of_task.items()}
     if len(names) < 2:
         return None
-    weights = {
-        task: [sum(float(mix.get(name, 0.0)) for mix in of_task) / len(of_task) for name in names]
-        for task, of_task in mixes.items()
-        if of_task
-    }
+    weights = {task: [of_task.get(name, 0.0) for name in names] for task, of_task in sums.items()}
     return Routing(tuple(names), weights)
 
 
 def data_uri(path: Path) -> str:
-    """An image file inline. RetainError where it is not whole: PNG's own checksums are compared."""
+    """An image file inline; one that is large for a thumbnail (a photograph as PNG) as a JPEG.
+
+    RetainError where it is not whole: PNG's own checksums are compared.
+    """
     try:
         with PILImage.open(path, formats=("PNG", "JPEG", "WEBP", "GIF")) as picture:
             picture.verify()
     except Exception as error:  # Pillow's readers raise nearly every class there is on a broken file
         raise RetainError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".gif": "gif"}.get(path.suffix.lower(), "png")
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    raw = path.read_bytes()
+    if len(raw) > LARGE and (image := tried(path)[0]) is not None:
+        image.thumbnail((SIDE, SIDE))
+        smaller = io.BytesIO()
+        image.save(smaller, "jpeg", quality=80)
+        if smaller.tell() < len(raw):
+            kind, raw = "jpeg", smaller.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+
+
+def short(text: str) -> str:
+    """A text as a card shows it."""
+    return text if len(text) <= LONG else f"{text[: LONG - 1]}…"
 
 
 def by_id(records: Sequence[Record]) -> dict[str, Record]:
@@ -147,20 +174,23 @@ def _varied(records: Sequence[Record], run: Run, n: int) -> list[Record]:
     return [*fresh, *(record for record in order if record not in fresh)][:n] if fresh else []
 
 
-def _over_time(run: Run, task: str, record: Record, rows: Sequence[Row]) -> Sample:
-    answers = []
-    for row in rows:
-        found = by_id(row.predictions(task)).get(str(record["id"]))
-        if found is not None:
-            answers.append(_answer("zero-shot" if row.task == ZERO_SHOT else row.task, found))
-    return _sample(run, task, record, tuple(answers))
+def _over_time(run: Run, task: str, chosen: Sequence[Record], rows: Sequence[Row]) -> list[Sample]:
+    """Samples of one task with what was said to them in some of the rows; every file is read once."""
+    ids = {str(record["id"]) for record in chosen}
+    answers: dict[str, list[Answer]] = {i: [] for i in ids}
+    for row in some(rows, STAGES):
+        when = "zero-shot" if row.task == ZERO_SHOT else row.task
+        for record in row.predictions(task):
+            if str(record["id"]) in ids:
+                answers[str(record["id"])].append(_answer(when, record))
+    return [_sample(run, task, record, tuple(answers[str(record["id"])])) for record in chosen]
 
 
 def _answer(when: str, record: Record) -> Answer:
-    return Answer(when, str(record["prediction"]), float(record["score"]))
+    return Answer(when, short(str(record["prediction"])), float(record["score"]))
 
 
 def _sample(run: Run, task: str, record: Record, answers: tuple[Answer, ...]) -> Sample:
     picture = run.thumbnail(record)
-    references = tuple(str(r) for r in record["references"])
-    return Sample(task, str(record["question"]), references, data_uri(picture) if picture else None, answers)
+    references = tuple(short(str(r)) for r in record["references"][:MANY])
+    return Sample(task, short(str(record["question"])), references, data_uri(picture) if picture else None, answers)

@@ -19,6 +19,15 @@ from retain.report.training import Points, Training, smooth, thin, training
 HEADLINE = ("Last", "Avg (MAA)", "New (MFT)", "BWT", "Forgetting", "FWT", "Zero-shot", "Unseen")
 View = dict[str, Any]
 
+MANY = 24
+"""Rows of the matrix from which a curve has no dots, an axis fewer labels, and a sample's history is thinned."""
+
+NAMED = 1_000
+"""Cells from which a matrix names them when they are pointed at (script.js), not each in its own HTML."""
+
+CELLS = 24_000
+"""Cells of a page from which matrices are drawn as pictures, a pixel a cell: a browser lays out no more in a second."""
+
 
 def run_view(run: Run) -> View:
     """Everything that one run's sections show; parts without data are empty and leave their section out."""
@@ -105,9 +114,23 @@ def heat(labels: Sequence[str], tasks: Sequence[str], unseen: Sequence[str], val
             )
             when = "zero-shot" if i == 0 else f"after {label}"
             shown = None if math.isnan(value) else value
-            cells.append({"value": shown, "kind": kind, "title": f"{name} {when}: {value:.1f}"})
+            title = "" if values.size > NAMED else f"{name} {when}: {value:.1f}"
+            cells.append({"value": shown, "kind": kind, "title": title})
         rows.append({"label": label, "cells": cells})
-    return {"columns": [{"name": n, "unseen": n in unseen} for n in names], "rows": rows}
+    return {"columns": [{"name": n, "unseen": n in unseen} for n in names], "rows": rows, "picture": ""}
+
+
+def pictured(view: View | None) -> View | None:
+    """The same matrix as a picture, a pixel a cell: for a page that would hold too many of them."""
+    if view is None:
+        return None
+    values = [[cell["value"] for cell in row["cells"]] for row in view["rows"]]
+    return {**view, "picture": figures.matrix_png(values)}
+
+
+def n_cells(view: View | None) -> int:
+    """Cells of a matrix."""
+    return len(view["rows"]) * len(view["columns"]) if view else 0
 
 
 def routing_heat(run: Run) -> View | None:
@@ -115,15 +138,16 @@ def routing_heat(run: Run) -> View | None:
     found = samples.routing(run)
     if found is None:
         return None
-    rows = []
+    rows, many = [], len(found.weights) * len(found.adapters) > NAMED
     for task, weights in found.weights.items():
         shown = [min(100.0, max(0.0, 100 * w)) for w in weights]
         cells = [
-            {"value": v, "kind": "after", "title": f"{task} by {name}: {v:.1f} %"}
+            {"value": v, "kind": "after", "title": "" if many else f"{task} by {name}: {v:.1f} %"}
             for v, name in zip(shown, found.adapters, strict=True)
         ]
         rows.append({"label": task, "cells": cells})
-    return {"columns": [{"name": n, "unseen": False} for n in found.adapters], "rows": rows}
+    columns = [{"name": n, "unseen": False} for n in found.adapters]
+    return {"columns": columns, "rows": rows, "picture": ""}
 
 
 def curves(run: Run) -> list[View]:
@@ -136,12 +160,13 @@ def curves(run: Run) -> list[View]:
         points = [(float(i), float(v)) for i, v in enumerate(m.values[: m.done + 1, j]) if not np.isnan(v)]
         since = [p for p in points if p[0] >= j + 1] if j < len(m.tasks) else []
         before = [p for p in points if p[0] <= j + 1] if since else points
-        lines = [Line(before, "faint", task, dots=not since), Line(since, "s1", task, dots=True)]
+        few = len(points) <= MANY
+        lines = [Line(before, "faint", task, dots=few and not since), Line(since, "s1", task, dots=few)]
         words = f"{since[0][1]:.0f} → {since[-1][1]:.0f}" if since else "not learned"
         if len(since) == 1:
             words = f"{since[0][1]:.0f}"
         marks = [j + 1.0] if since else []
-        label = f"{task}: score after each task; " + ", ".join(f"{v:.0f}" for _, v in points)
+        label = f"{task}: score after each task; " + ", ".join(f"{v:.0f}" for _, v in figures.some(points, MANY))
         out.append(
             {"name": task, "words": words, "plot": figures.plot(lines, x, figures.SCORE, label, marks=marks)}
         )
