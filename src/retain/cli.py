@@ -76,6 +76,12 @@ RunFolders = Annotated[
 class _Commands(TyperGroup):
     """All commands, with one place where errors become messages."""
 
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        try:
+            return super().make_context(*args, **more)
+        except USAGE as error:
+            _misused(error)
+
     def invoke(self, ctx: Any) -> Any:
         from retain.types import RetainError  # here, not above: it imports torch, and --help need not wait
 
@@ -85,10 +91,7 @@ class _Commands(TyperGroup):
         except RetainError as error:
             _fail(str(error))
         except USAGE as error:
-            if type(error).__name__ == HELP:
-                raise
-            path = getattr(getattr(error, "ctx", None), "command_path", "retain")
-            _fail(f"{error.format_message()}; `{path} --help` shows how")  # type: ignore[attr-defined]
+            _misused(error)
         except (MemoryError, RuntimeError) as error:
             from retain.run.engine import out_of_memory
 
@@ -134,6 +137,14 @@ def _interrupted(command: str | None) -> str:
     if command == "run":
         return "what was saved is kept, and the same command continues"
     return "nothing was written, and the same command starts again from the beginning"
+
+
+def _misused(error: Any) -> None:
+    """A word too few, too many or misspelt on the command line; the help where there is no word at all."""
+    if type(error).__name__ == HELP:
+        raise error
+    path = getattr(getattr(error, "ctx", None), "command_path", "retain")
+    _fail(f"{error.format_message().rstrip('.')}; `{path} --help` shows how")
 
 
 LONGEST = 3000

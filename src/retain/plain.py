@@ -227,7 +227,9 @@ def override(data: Plain, text: str) -> None:
         here = _descend(here, step, ".".join(path[: depth + 1]), text)
     last = path[-1]
     if isinstance(here, list):
-        here[_index(here, last, text)] = new
+        i = _index(here, last, text)
+        whole = isinstance(here[i], dict) and last in here[i] and (new is None or isinstance(new, dict))
+        here[i] = {last: new} if whole else new  # method.replay={size: 7} are its fields, =ewc another part
     elif isinstance(here, dict):
         here[last] = new
     else:
