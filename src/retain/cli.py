@@ -392,7 +392,9 @@ app.add_typer(analyse, name="analyse")
 @analyse.command()
 def cka(
     runs: RunFolders,
-    samples: Annotated[int, typer.Option(help="test samples that every model reads")] = 50,
+    samples: Annotated[
+        int, typer.Option(help="test samples that every model reads", min=1, max=1_000_000)
+    ] = 50,
     out: Annotated[
         Path | None,
         typer.Option(help="default: cka.html (and .json) in the run, or beside several", callback=_file),
