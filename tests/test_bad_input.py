@@ -159,6 +159,21 @@ RECIPE: dict[str, Case] = {
     "unknown family": (lambda d: ["model.family=llama"], ["family", "llama", "llava"]),
     "too long": (lambda d: ["model.max_length=8"], ["8", "colour"]),
     "eval batch": (lambda d: ["eval.batch_size=0"], ["eval.batch_size", "0"]),
+    "no such guide": (lambda d: ["model.guide=nowhere"], ["mine.yaml", "model.guide", "no directory 'nowhere'"]),
+    "a device of elsewhere": (lambda d: ["model.device=cuda:99"], ["model.device", "'cuda:99'", "this machine has"]),
+    "no device": (lambda d: ["model.device=''"], ["mine.yaml", "model.device", "''", "'auto'", "'cpu'"]),
+    "beta of one": (lambda d: ["optim.beta1=1"], ["mine.yaml", "optim.beta1", "below 1", "not 1"]),
+    "endless epochs": (lambda d: ["optim.epochs=1e300"], ["mine.yaml", "optim.epochs", "at most 1,000,000"]),
+    "too many samples": (
+        lambda d: ["optim.steps=1000000", "optim.batch_size=1000"], ["mine.yaml", "optim.steps", "100,000,000"],
+    ),
+    "batch of everything": (lambda d: ["optim.batch_size=1000000000"], ["optim.batch_size", "at most 1,048,576"]),
+    "NaN temperature": (
+        lambda d: ["method={hide: {temperature: .nan}}"], ["mine.yaml", "method[0].hide.temperature", "finite", "nan"],
+    ),
+    "no length": (lambda d: ["model.max_length=0"], ["mine.yaml", "model.max_length", "at least 1"]),
+    "out is a file": (lambda d: [f"out={d / 'mine.yaml'}"], ["mine.yaml", "out", "no folder"]),
+    "one tracker twice": (lambda d: ["track=[tensorboard, tensorboard]"], ["mine.yaml", "track", "twice"]),
     "recipe broken": (lambda d: text(d, "mine.yaml", "model: ["), ["mine.yaml", "line 1", "YAML"]),
     "recipe of a number": (lambda d: text(d, "mine.yaml", "3"), ["mine.yaml", "a mapping"]),
 }  # fmt: skip

@@ -68,6 +68,9 @@ def test_a_model_directory_is_found_beside_the_recipe(recipe: Path) -> None:
         ("method=ewc", lambda r: r.method == [{"ewc": {}}]),
         ("method=[lora, {ewc: {weight: 2.0}}]", lambda r: r.method[1] == {"ewc": {"weight": 2.0}}),
         ("method.replay.size=7", lambda r: r.method[1] == {"replay": {"size": 7}}),
+        ("method.replay={size: 7}", lambda r: r.method[1] == {"replay": {"size": 7}}),
+        ("method.replay=ewc", lambda r: r.method[1] == {"ewc": {}}),
+        ("out=null", lambda r: r.out == Path("runs/shop-mine")),
         ("method.1.replay.size=7", lambda r: r.method[1] == {"replay": {"size": 7}}),
         ("stream.tasks.two.max_new_tokens=9", lambda r: r.stream["tasks"][1]["max_new_tokens"] == 9),
         ("stream.tasks.0.score=vqa", lambda r: r.stream["tasks"][0]["score"] == "vqa"),
@@ -162,11 +165,22 @@ def test_a_missing_recipe_names_a_near_one(recipe: Path) -> None:
         ("2e-3", 2e-3), ("1E5", 1e5), ("3", 3), ("-3", -3), ("1.5", 1.5), (".5", 0.5), ("1.", 1.0),
         ("true", True), ("on", "on"), ("no", "no"), ("null", None), ("~", None), ("", None),
         ("2024-01-01", "2024-01-01"), ("1_000", "1_000"), ("'3'", "3"), ("0x10", "0x10"), ("1e", "1e"),
+        ("010", 10), ("09", 9), ("!!str 3", "3"), ("!!float 3", 3.0),
     ],
 )  # fmt: skip
 def test_scalars_are_yaml_1_2(text: str, value: object) -> None:
     read = read_yaml(text, "here")
     assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize("text", [
+    "!!bool maybe", "!!int ''", "!!int abc", "!!binary aa", "!!set {a}", "!!python/tuple [a]", "!!omap [a: 1]", "!mine 3",
+    "!!timestamp 2020-01-01", "&a [*a]", "&a {b: *a}", "[" * 400, "{a: " * 400, '"\\ud800"', '"\\0"', "9" * 400, "9" * 5000,
+    "[" + "1," * 60_000 + "]", "\x00", "\ud800",
+], ids=lambda text: text[:12].encode("unicode_escape").decode())  # fmt: skip
+def test_what_is_no_plain_value_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(RetainError, match=r"^here\b[^\n]{1,300}$"):
+        read_yaml(text, "here")
 
 
 def test_fill_names_nested_keys() -> None:

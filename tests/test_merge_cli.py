@@ -91,7 +91,7 @@ def test_the_result_runs_in_ours_and_as_a_checkpoint(adapters: list[Path], tmp_p
     [
         (["--with", "tise"], "no merger 'tise'; did you mean 'ties'"),
         (["--with", "ties", "densty=1"], "no parameter 'densty'; did you mean 'density'"),
-        (["--with", "ties", "density=2"], "ties.density: must be in"),
+        (["--with", "ties", "density=2"], "ties.density: must be at least 0 and at most 1"),
         (["--weights", "1"], "1 numbers for 3 adapters"),
         (["--weights", "a,b,c"], "write numbers"),
         (["--keep", "half"], "keep: 'half' is none of"),

@@ -498,7 +498,7 @@ def test_what_cannot_work_is_refused_before_training() -> None:
         (Hide, {"fusion": "sum"}, "hide.fusion: 'sum' is none of"),
         (Hide, {"top_k": -1}, "hide.top_k"),
         (Hide, {"temperature": -0.1}, "hide.temperature"),
-        (Disco, {"eps": 0.0}, "eps > 0"),
+        (Disco, {"eps": 0.0}, "disco.eps: must be at least"),
         (Disco, {"image_weight": 1.5}, "image_weight"),
     ],
 )

@@ -241,9 +241,9 @@ def test_bad_fields_are_named_before_training() -> None:
         ({"merge_tasks": {"weights": ["a"]}}, "merge_tasks.weights"),
         ({"merge_tasks": {"merger": "fisher"}}, "fisher needs fishers"),
         ({"merge_after_task": {"weights": [1.0]}}, "two"),
-        ({"lorahub": {"steps": 0}}, "steps and shots >= 1"),
+        ({"lorahub": {"steps": 0}}, r"lorahub\.steps: must be at least 1"),
         ({"lorahub": {"space": "x"}}, "lorahub.space"),
-        ({"cofima": {"lam": 2.0}}, "lam in 0..1"),
+        ({"cofima": {"lam": 2.0}}, "must be at least 0 and at most 1"),
         ({"cofima": {"space": "x"}}, "cofima.space"),
     ):
         with pytest.raises(RetainError, match=told):

@@ -211,9 +211,9 @@ def test_blocks() -> None:
 
 def test_bad_fields_are_named() -> None:
     for fields, told in (
-        ({"sparsity": 1.5}, "sparsity in 0..1"),
-        ({"sign": 0}, "sign -1 or 1"),
-        ({"samples": 0}, "samples >= 1"),
+        ({"sparsity": 1.5}, "must be at least 0 and at most 1"),
+        ({"sign": 0}, "sign: 0 is none of"),
+        ({"samples": 0}, "samples: must be at least 1"),
         ({"sensitivity": "x"}, "model_tailor.sensitivity"),
         ({"projector": "x"}, "model_tailor.projector"),
     ):

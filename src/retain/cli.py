@@ -78,6 +78,12 @@ RunFolders = Annotated[
 class _Commands(TyperGroup):
     """All commands, with one place where errors become messages."""
 
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        try:
+            return super().make_context(*args, **more)
+        except USAGE as error:
+            _misused(error)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             with signals.watching():
@@ -96,10 +102,7 @@ class _Commands(TyperGroup):
         except RetainError as error:
             _fail(str(error))
         except USAGE as error:
-            if type(error).__name__ == HELP:
-                raise
-            path = getattr(getattr(error, "ctx", None), "command_path", "retain")
-            _fail(f"{error.format_message()}; `{path} --help` shows how")  # type: ignore[attr-defined]
+            _misused(error)
         except (MemoryError, RuntimeError) as error:
             from retain.run.engine import out_of_memory
 
@@ -111,6 +114,14 @@ class _Commands(TyperGroup):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
                 raise typer.Exit(0) from None
             _fail(_told(error))
+
+
+def _misused(error: Any) -> None:
+    """A word too few, too many or misspelt on the command line; the help where there is no word at all."""
+    if type(error).__name__ == HELP:
+        raise error
+    path = getattr(getattr(error, "ctx", None), "command_path", "retain")
+    _fail(f"{error.format_message().rstrip('.')}; `{path} --help` shows how")
 
 
 LONGEST = 3000
@@ -360,7 +371,9 @@ app.add_typer(analyse, name="analyse")
 @analyse.command()
 def cka(
     runs: RunFolders,
-    samples: Annotated[int, typer.Option(help="test samples that every model reads")] = 50,
+    samples: Annotated[
+        int, typer.Option(help="test samples that every model reads", min=1, max=1_000_000)
+    ] = 50,
     out: Annotated[
         Path | None,
         typer.Option(help="default: cka.html (and .json) in the run, or beside several", callback=_file),

@@ -255,8 +255,8 @@ def _check_stream(stream: Plain, path: Path) -> None:
 def _adapter(data: Plain, where: str) -> Spec:
     """The adapters' kind and shape; without `kind` they are LoRA."""
     name = data.get("kind", "lora")
-    if name not in KINDS:
-        raise RetainError(f"{where}.kind: no adapter kind {name!r}{near(str(name), KINDS)}")
+    if not isinstance(name, str) or name not in KINDS:
+        raise RetainError(f"{where}.kind: no adapter kind {short(name)}{near(short(name), KINDS)}")
     return fill(KINDS[name], {k: v for k, v in data.items() if k != "kind"}, where)
 
 

@@ -37,14 +37,14 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
         self.count += 1
-        mark = self.peek_event().start_mark
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         if self.count > MOST:
             raise yaml.constructor.ConstructorError(None, None, f"more than {MOST:,} values", mark)
         if self.depth > DEEPEST:
             raise yaml.constructor.ConstructorError(None, None, f"nested deeper than {DEEPEST} levels", mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
-        if not self._is_plain(node):
+        if node is not None and not self._is_plain(node):
             tag, told = short(node.tag.replace("tag:yaml.org,2002:", "!!")), short(node.value)
             why = f"the tag {tag} does not fit {told if isinstance(node, yaml.ScalarNode) else 'here'}"
             raise yaml.constructor.ConstructorError(None, None, why, mark)
@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
         """Whether its tag is what its text says without one; `!!str 3` and `!!float 3` may be told."""
         if not isinstance(node, yaml.ScalarNode):
             return node.tag == (SEQUENCE if isinstance(node, yaml.SequenceNode) else MAPPING)
-        own = self.resolve(yaml.ScalarNode, node.value, (True, False))
+        own = self.resolve(yaml.ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]
         return node.tag in (TEXT, own) or (node.tag, own) == (FLOAT, INT)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -227,7 +227,9 @@ def override(data: Plain, text: str) -> None:
         here = _descend(here, step, ".".join(path[: depth + 1]), text)
     last = path[-1]
     if isinstance(here, list):
-        here[_index(here, last, text)] = new
+        i = _index(here, last, text)
+        whole = isinstance(here[i], dict) and last in here[i] and (new is None or isinstance(new, dict))
+        here[i] = {last: new} if whole else new  # method.replay={size: 7} are its fields, =ewc another part
     elif isinstance(here, dict):
         here[last] = new
     else:

@@ -187,7 +187,7 @@ def ranged(at: str) -> Callable[[type[T]], type[T]]:
                     check(hints[key], value, f"{at}.{key}")
             make(self, *args, **given)
 
-        cls.__init__ = checked  # type: ignore[method-assign]
+        cls.__init__ = checked  # type: ignore[method-assign, assignment]
         return cls
 
     return decorate
