@@ -45,18 +45,18 @@ NUMBER = "{:g}".format
 def rules() -> dict[str, dict[str, Any]]:
     """Every rule as a recipe would name it, by family and value: `ema 0.99`."""
     out: dict[str, dict[str, Any]] = {}
-    out |= {f"ema {NUMBER(b)}": {"ema": {"beta": b}} for b in (0.9, 0.97, 0.99, 0.995, 0.998)}
+    out |= {f"ema {NUMBER(b)}": {"ema": {"beta": b}} for b in (0.9, 0.97, 0.99, 0.995, 0.9965, 0.998)}
     out |= {f"interpolate {NUMBER(r)}": {"interpolate": {"ratio": r}} for r in (0.25, 0.5, 0.75, 0.9)}
     out["interpolate chosen"] = {"interpolate": {"choose": [0.25, 0.5, 0.75, 0.9, 1.0], "keep": 16}}
     for variant, kappas in {
-        "official": (2.0, 0.5, 0.2, 0.1, 0.05, 0.03, 0.01),
-        "paper": (0.3, 1.0, 2.0, 5.0, 50.0),
-        "bounded": (1.0, 100.0, 1000.0, 3000.0, 10000.0),
+        "official": (2.0, 0.5, 0.2, 0.1, 0.07, 0.05, 0.03, 0.01),
+        "paper": (0.3, 1.0, 5.0, 50.0),
+        "bounded": (1.0, 100.0, 1e3, 1e4, 3e4, 1e5),
     }.items():
         out |= {f"{variant} {NUMBER(k)}": {"llaca": {"variant": variant, "kappa": k}} for k in kappas}
-    for k in (2.0, 8.0, 16.0, 32.0, 64.0, 128.0):
+    for k in (2.0, 4.0, 8.0, 12.0, 16.0, 32.0, 128.0):
         out[f"means {NUMBER(k)}"] = {"llaca": {"scale": "means", "kappa": k}}
-    for k in (8.0, 32.0, 128.0):
+    for k in (8.0, 12.0, 32.0):
         out[f"layer {NUMBER(k)}"] = {"llaca": {"scale": "means", "per": "layer", "kappa": k}}
     return out
 

@@ -42,7 +42,7 @@ def two_tasks(method: Method) -> FakeModel:
 
 def test_a_rule_that_watches_ends_as_in_a_run_of_its_own() -> None:
     """Rules that leave the first task as it is: the weights after two tasks, and raw ones that nobody touched."""
-    names = ["official 0.5", "means 128", "layer 32", "interpolate 0.75", "interpolate chosen"]
+    names = ["official 0.5", "means 128", "layer 12", "interpolate 0.75", "interpolate chosen"]
     frontier = script()
     rules = frontier.rules()
     watched = frontier.Watched({name: build(rules[name]) for name in rules})

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fake_model import FakeModel, context, stream
 from retain.method import Context, Method, Stack, build
+from retain.methods import interpolate
 from retain.methods.interpolate import Interpolate, between
 from retain.run.train import Optim, fit
 from retain.types import RetainError
@@ -96,7 +97,7 @@ def losses_of(model: FakeModel, kept: list[Any]) -> float:
 def test_the_ratio_of_least_loss_on_the_kept_examples_is_chosen() -> None:
     """Losses worked out anew from both ends, one example at a time, each task counting the same."""
     choices = [0.2, 0.5, 0.8, 1.0]
-    model, method, events, (first, second) = learned({"interpolate": {"choose": choices, "keep": 3}})
+    model, method, events, (first, second) = learned({"interpolate": {"choose": choices, "keep": 6}})
     part = method.parts[-1]
     assert isinstance(part, Interpolate)
     a, b = stream().tasks[:2]
@@ -104,7 +105,7 @@ def test_the_ratio_of_least_loss_on_the_kept_examples_is_chosen() -> None:
     assert [{e.id for e in part.kept[t.name]} <= ids for t, ids in zip((a, b), train, strict=True)] == [
         True
     ] * 2
-    assert [len(part.kept[t.name]) for t in (a, b)] == [3, 3]
+    assert [len(part.kept[t.name]) for t in (a, b)] == [6, 6]
     want = {}
     for ratio in choices:
         state = {k.split("/", 1)[1]: (1 - ratio) * first[k] + ratio * second[k] for k in first}
@@ -139,6 +140,20 @@ def test_only_tasks_that_trained_the_adapter_count() -> None:
         for key, t in raw.items():
             name, rest = key.split("/", 1)
             assert torch.equal(model.adapters.parameters(name)[rest], t)
+
+
+def test_ties_go_to_the_new_and_tasks_of_other_adapters_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(interpolate, "_loss", lambda ctx, examples: asked.append(examples) or 1.0)
+    part = build({"interpolate": {"choose": [0.2, 0.7, 0.4], "keep": 2}})
+    assert isinstance(part, Interpolate)
+    model, method, events = FakeModel(), Stack(build("lora"), part), list[dict[str, Any]]()
+    for i, ctx in enumerate(contexts(model, lambda **e: events.append(e))[:2]):
+        fit(model, method, ctx, OPTIM)
+        if i == 0:
+            part.kept = {**part.kept, "elsewhere": list(ctx.task.train[:1])}
+            part.trained = {**part.trained, "elsewhere": ["another"]}
+    assert events[-1]["ratio"] == 0.7 and part.kept["elsewhere"] not in asked and len(asked) == 3 * 2
 
 
 def test_wrong_fields_are_named() -> None:

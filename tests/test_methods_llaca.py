@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from retain.methods.llaca import (
     SHADOWS,
     VARIANTS,
     Llaca,
+    _group,
     bounded_rates,
     official_rates,
     paper_rates,
@@ -361,7 +363,9 @@ def test_a_tensor_and_its_tiling_have_one_rate(variant: str) -> None:
     assert not fell_K.any() and alpha_K[0].item() == pytest.approx(alpha_K[1].item(), rel=1e-4)
     if variant == "official":
         a = [x.flatten().double().tolist() for x in one[:4]]
-        assert alpha_K[0].item() == pytest.approx(reference.means_alpha(*a, kappa=kappa), rel=1e-4)
+        assert alpha_K[0].item() == pytest.approx(
+            reference.official_alpha(*a, kappa, reference.RELEASED / 48), rel=1e-4
+        )
         by_sums, _ = spec.rates(sums_SK, 1e-6, 0.5)
         assert by_sums[0] > 40 * by_sums[1]
 
@@ -374,9 +378,11 @@ def test_means_are_the_released_rule_at_the_released_size(variant: str) -> None:
     assert torch.equal(as_released(sums_SK, entries([f.theta.numel()], None)), sums_SK)
 
 
+@pytest.mark.parametrize("scale", ["sums", "means"])
 @pytest.mark.parametrize("per", ["tensor", "layer", "adapter"])
-def test_tensors_of_a_layer_or_an_adapter_share_a_rate(per: str) -> None:
-    part, model, _ = trajectory("official", per=per, fallback=0.5)
+def test_tensors_of_a_layer_or_an_adapter_share_a_rate(per: str, scale: str) -> None:
+    kappa = 0.5 if scale == "sums" else 1e4
+    part, model, events = trajectory("official", per=per, scale=scale, kappa=kappa, fallback=0.5)
     keys = list(model.adapters.trainable())
     bank = model.adapters
     groups: dict[Any, list[str]] = {}
@@ -385,14 +391,40 @@ def test_tensors_of_a_layer_or_an_adapter_share_a_rate(per: str) -> None:
         group = {"tensor": key, "adapter": 0, "layer": site.group if site.layer is None else site.layer}[per]
         groups.setdefault(group, []).append(key)
     assert len(groups) == {"tensor": len(keys), "layer": 3, "adapter": 1}[per]
+    tensors, inside = [], 0
     for together in groups.values():  # the formula on all their entries as one tensor
         weights = [[x for k in together for x in w[k].flatten().tolist()] for w in part.seen_after]
         grads = [[x for k in together for x in g[k].flatten().tolist()] for g in part.seen_grads]
         E = list(weights[0])
         for t in range(1, len(weights)):
-            E = reference.official_step(weights[t], E, grads[t], grads[t - 1], fallback=0.5)
+            size = reference.RELEASED / len(E) if scale == "means" else 1.0
+            kind = (weights[t], E, grads[t], grads[t - 1])
+            alpha = reference.official_alpha(*kind, kappa=kappa, size=size)
+            inside += 0 < alpha < 1
+            E = reference.official_step(*kind, kappa=kappa, fallback=0.5, size=size)
         ours = torch.cat([bank.trainable()[k].detach().flatten() for k in together]).double()
         torch.testing.assert_close(ours, torch.tensor(E, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+        starts = [x for k in together for x in part.seen_before[0][k].flatten().tolist()]
+        tensors.append((weights, grads, starts))
+    assert inside > 10, "or only fallbacks were compared"
+    if scale == "sums":  # the way that a group is asked to go is shared out among its tensors
+        told = told_of_task(events)["reach"]
+        assert told == pytest.approx(
+            reference.reach([t[:2] for t in tensors], [t[2] for t in tensors], kappa), rel=1e-4
+        )
+
+
+def test_outside_the_layers_every_kind_of_site_is_a_group_of_its_own() -> None:
+    sites = {
+        "a": SimpleNamespace(layer=3, group="lora"),
+        "b": SimpleNamespace(layer=None, group="projector"),
+        "c": SimpleNamespace(layer=None, group="head"),
+    }
+    ctx = SimpleNamespace(model=SimpleNamespace(adapters=SimpleNamespace(sites=sites)))
+    keys = ["x/a.lora_A", "x/a.lora_B", "x/b.weight", "x/c.weight", "y/a.lora_A"]
+    groups = [_group(ctx, key, "layer") for key in keys]  # type: ignore[arg-type]
+    assert groups[0] == groups[1] and len(set(groups)) == 4
+    assert [_group(ctx, key, "adapter") for key in keys] == ["x"] * 4 + ["y"]  # type: ignore[arg-type]
 
 
 def test_the_released_bf16_average_stands_still() -> None:

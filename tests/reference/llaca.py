@@ -10,6 +10,19 @@ def l1(xs: list[float]) -> float:
     return sum(abs(x) for x in xs)
 
 
+def official_alpha(
+    p: list[float], E: list[float], g: list[float], g_prev: list[float], kappa: float = 2.0, size: float = 1.0
+) -> float:
+    """kappa (1 + |g|) / (|p - E| |g - g_prev|); `size` multiplies every norm."""
+    a = size * l1([x - y for x, y in zip(p, E, strict=True)])
+    b = size * l1(g)
+    c = size * l1([x - y for x, y in zip(g, g_prev, strict=True)])
+    try:
+        return kappa * (1 + b) / (a * c)
+    except ZeroDivisionError:
+        return float("inf")
+
+
 def official_step(
     p: list[float],
     E: list[float],
@@ -17,15 +30,10 @@ def official_step(
     g_prev: list[float],
     kappa: float = 2.0,
     fallback: float = 0.01,
+    size: float = 1.0,
 ) -> list[float]:
     """alpha = kappa (1 + |g|) / (|p - E| |g - g_prev|); else fallback; E = (1 - alpha) E + alpha p."""
-    a = l1([x - y for x, y in zip(p, E, strict=True)])
-    b = l1(g)
-    c = l1([x - y for x, y in zip(g, g_prev, strict=True)])
-    try:
-        alpha = kappa * (1 + b) / (a * c)
-    except ZeroDivisionError:
-        alpha = float("inf")
+    alpha = official_alpha(p, E, g, g_prev, kappa, size)
     if not 0 < alpha < 1:
         alpha = fallback
     return [(1 - alpha) * y + alpha * x for x, y in zip(p, E, strict=True)]
@@ -83,20 +91,6 @@ def paper_run(weights: list[list[float]], grads: list[list[float]]) -> list[floa
 
 
 RELEASED = 128 * 4096  # entries of most LoRA tensors of the released runs
-
-
-def at_released_size(xs: list[float]) -> float:
-    """The L1 norm that a tensor with this mean absolute entry has at the released size."""
-    return RELEASED * sum(abs(x) for x in xs) / len(xs)
-
-
-def means_alpha(
-    p: list[float], E: list[float], g: list[float], g_prev: list[float], kappa: float = 2.0
-) -> float:
-    """The official ratio with every norm as at the released size."""
-    d = at_released_size([x - y for x, y in zip(p, E, strict=True)])
-    dg = at_released_size([x - y for x, y in zip(g, g_prev, strict=True)])
-    return kappa * (1 + at_released_size(g)) / (d * dg)
 
 
 def reach(

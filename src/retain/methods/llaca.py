@@ -87,7 +87,8 @@ Rates = tuple[Tensor, Tensor]  # alpha_K, and whether it is the fallback
 def asked(sums_SK: Tensor, kappa: float) -> Tensor:
     """What the official rule asks for, in (0, 1) or not: kappa (1 + ||g||) / (||d|| ||dg||), (K,)."""
     drift, grad, change = sums_SK
-    return kappa * (1 + grad) / (drift * change)
+    alpha_K: Tensor = kappa * (1 + grad) / (drift * change)
+    return alpha_K
 
 
 def official_rates(sums_SK: Tensor, kappa: float, fallback: float) -> Rates:

@@ -35,7 +35,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
     if n < 2:
         return mean, None
     sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, float(student.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+    return mean, float(student.ppf(0.975, n - 1) * sd / math.sqrt(n))
 
 
 def write_frontier(records: Sequence[Record], out: Path) -> Path:
@@ -127,7 +127,7 @@ def _row(records: Sequence[Record], name: str, pairs: Sequence[Pair]) -> list[st
         return (one("kept")(r) + one("learned")(r)) / 2
 
     def gain(r: Record) -> float:
-        return both(r) - (r["rules"][RAW]["kept"] + r["rules"][RAW]["learned"]) / 2
+        return both(r) - float(r["rules"][RAW]["kept"] + r["rules"][RAW]["learned"]) / 2
 
     cells = [name]
     for key, shown in (("reach", "{:.2g}"), ("gone", "{:.0%}")):
