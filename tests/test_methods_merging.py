@@ -117,6 +117,29 @@ def test_lorahub_stores_the_sum_at_the_weights_it_found(space: str) -> None:
     assert any(abs(p - sum(kept) / 2) < 1e-6 for p in per_point)
 
 
+def test_lorahub_counts_every_task_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is searched for is the mean over tasks of their loss: a sum would make the price of weights smaller."""
+    pairs: list[tuple[float, float]] = []
+
+    def watched(states: Any, *, loss: Any, **how: Any) -> Any:
+        model, bank = model_of[0], model_of[0].adapters
+        for name, state in zip(method.adapter_of.values(), states, strict=True):
+            got = loss(state)
+            with bank.using(Mix({name: 1.0})):
+                each = [float(model(model.collate(k, answers=True)).loss) for k in method.kept.values()]
+            pairs.append((got, sum(each) / len(each)))
+        return states[0], [1.0, *[0.0] * (len(states) - 1)]
+
+    monkeypatch.setattr("retain.methods.lorahub.lorahub", watched)
+    method, model_of, seen = LoraHub(shots=3), [FakeModel()], list[str]()
+    for task in stream()[:2]:
+        fit(model_of[0], method, context(model_of[0], task.name, seen), Optim(lr=5e-2, steps=3, batch_size=4))
+        seen.append(task.name)
+    assert len(pairs) == 3
+    for got, want in pairs:
+        assert got == pytest.approx(want, rel=1e-4)
+
+
 def test_lorahub_of_one_evaluation_is_the_base_model() -> None:
     model = learn(LoraHub(steps=1), 1)
     for state in (merging.changes(model.adapters, n) for n in model.adapters.mix.names):
@@ -167,6 +190,19 @@ def test_cofima_equals_the_formula(space: str) -> None:
         if space == "deltas" and "projector" not in key:
             want = truncated(want, 2)[0].dense()
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
+def test_a_clip_is_a_quantile_of_each_tensor() -> None:
+    found = []
+    for clip in (1.0, 0.9):
+        part = CoFiMA(n_samples=8, clip=clip)
+        learn(Stack(build("lora"), part), 1)
+        found.append(part.fisher)
+    for key, whole in found[0].items():
+        F = whole.double().numpy()
+        want = np.minimum(F, np.quantile(F, 0.9, method="higher"))
+        np.testing.assert_allclose(found[1][key].double().numpy(), want, rtol=1e-6)
+        assert want.max() < F.max()
 
 
 def test_the_fisher_of_a_change_is_that_of_the_weight() -> None:
