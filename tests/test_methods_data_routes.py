@@ -49,6 +49,8 @@ def test_reservoir_and_quota_sizes() -> None:
     assert len(learn(Replay(size=7), *REQUESTS).buffer) == 7
     quota = learn(Replay(size=4, strategy="per_task"), *REQUESTS)
     assert [sum(e.id.startswith(t) for e in quota.buffer) for t in REQUESTS] == [4, 4, 4]
+    assert len({e.id for e in quota.buffer}) == 12  # drawn, not the first four of each
+    assert [e.id for e in quota.buffer[:4]] != [e.id for e in stream()[0].train[:4]]
 
 
 def test_coins_form_adds_every_buffered_example_once() -> None:
