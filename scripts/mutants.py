@@ -310,11 +310,12 @@ def work(todo: Sequence[Mutant], book: Book, jobs: int) -> None:
 
 def report(book: Book, of: Sequence[str]) -> str:
     """Counts by file, then the survivors."""
-    same, lines, survivors = equivalents(), [], []
+    same, lines, survivors, there = equivalents(), [], [], set[str]()
     every = dict.fromkeys(("killed", "timeout", "survived", "equivalent", "untried"), 0)
     for file in of:
         counts = dict.fromkeys(every, 0)
         for m in mutants(file):
+            there.add(m.key)
             outcome = book.known.get(m.key, {}).get("outcome", "untried")
             outcome = "equivalent" if outcome == "survived" and m.key in same else outcome
             counts[outcome] += 1
@@ -324,6 +325,8 @@ def report(book: Book, of: Sequence[str]) -> str:
         lines.append(f"{file:32}" + "".join(f"{counts[k]:11}" for k in counts))
     head = f"{'':32}" + "".join(f"{k:>11}" for k in every)
     total = f"{'all':32}" + "".join(f"{v:11}" for v in every.values())
+    if stale := [k for k in same if k.split()[0] in of and k not in there]:
+        survivors += ["", f"{EQUIVALENT.name} names what is not there any more", *stale]
     return "\n".join([head, *lines, total, "", "survivors", *survivors])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,8 @@ def test_reservoir_and_quota_sizes() -> None:
     assert len(learn(Replay(size=7), *REQUESTS).buffer) == 7
     quota = learn(Replay(size=4, strategy="per_task"), *REQUESTS)
     assert [sum(e.id.startswith(t) for e in quota.buffer) for t in REQUESTS] == [4, 4, 4]
+    assert len({e.id for e in quota.buffer}) == 12  # drawn, not the first four of each
+    assert [e.id for e in quota.buffer[:4]] != [e.id for e in stream()[0].train[:4]]
 
 
 def test_coins_form_adds_every_buffered_example_once() -> None:
@@ -73,6 +76,19 @@ def test_a_ratio_is_the_share_of_the_joined_data() -> None:
 def test_multitask_is_one_stage_with_everything() -> None:
     (stage,) = build(["multitask", "lora"]).stages(stream())
     assert [e.id for e in stage.train] == [e.id for t in stream() for e in t.train] and not stage.test
+
+
+def test_joint_training_may_look_at_every_tasks_validation_data_and_answer_as_long_as_any() -> None:
+    tasks = [
+        replace(t, valid=[example(t.name, 200 + i)], max_new_tokens=n)
+        for i, (t, n) in enumerate(zip(stream(), (2, 9, 4), strict=True))
+    ]
+    (stage,) = build(["multitask", "lora"]).stages(replace(stream(), tasks=tuple(tasks)))
+    assert [e.id for e in stage.valid] == [
+        "colour-200",
+        "letter-201",
+        "again-202",
+    ] and stage.max_new_tokens == 9
 
 
 # -- one adapter per task --------------------------------------------------------------------------------
@@ -123,6 +139,29 @@ def replace_field(part: LoraPerTask, **fields: object) -> LoraPerTask:
     other = replace(part, **fields)  # type: ignore[arg-type]
     other.load_state_dict(part.state_dict())
     return other
+
+
+@pytest.mark.parametrize(
+    ("spec", "anchor"),
+    [
+        ({"lora_per_task": {"anchor_samples": 5}}, "text_anchor"),
+        ({"hide": {"anchor_samples": 5}}, "text_anchor"),
+        ({"disco": {"token_samples": 5}}, "text_mean"),
+    ],
+    ids=str,
+)
+def test_an_anchor_of_some_samples_is_the_mean_of_so_many_drawn_ones(spec: Any, anchor: str) -> None:
+    part, model, read = build(spec), FakeModel(), list[str]()
+    plain = model.guide
+    model.guide = lambda batch: (read.extend(e.id for e in batch.examples), plain(batch))[1]  # type: ignore
+    ctx = context(model)
+    model.adapters.mix = part.adapt(ctx)
+    part.end_task(ctx)
+    examples = {e.id: e for e in ctx.task.train}
+    assert len(read) == len(set(read)) == 5 and set(read) <= set(examples)
+    assert read != list(examples)[:5]  # drawn, not the first ones
+    rows = plain(model.collate([examples[i] for i in read], answers=False)).text_BD
+    torch.testing.assert_close(next(iter(getattr(part, anchor).values())), rows.mean(0), atol=1e-6, rtol=0)
 
 
 def test_the_oracle_gives_an_unseen_task_the_base_model() -> None:

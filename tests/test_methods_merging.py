@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from retain.adapters.moe import MoeSpec
 from retain.adapters.prompt import PromptSpec
 from retain.merge import merger
 from retain.merge.parts import Low, split, truncated
-from retain.method import Stack, build
+from retain.method import Method, Stack, build
 from retain.methods.cofima import CoFiMA
 from retain.methods.lorahub import LoraHub
 from retain.methods.merge_after_task import MergeAfterTask
@@ -52,6 +53,23 @@ def test_what_answers_is_the_merge_of_adapters_tuned_alone(name: str, params: di
     alone = learn(build("lora"), 1).adapters.state("lora")  # the first task, tuned by plain LoRA
     moved = [float((alone[k] - t).abs().max()) for k, t in bank.state(tasks[0]).items() if "lora_B" in k]
     assert max(moved) < 1.0 and not bank.trainable()
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_merge_may_be_truncated_to_any_rank(rank: int) -> None:
+    """By numpy's singular values; rank 3 is kept as two adapters of the bank's rank 2."""
+    method = MergeTasks(merger="average", keep="svd", rank=rank)
+    model = learn(method)
+    bank = model.adapters
+    alone = [dense(merging.changes(bank, n)) for n in method.adapter_of.values()]
+    told = [dense(merging.changes(bank, n)) for n in bank.mix.names]
+    assert len(told) == (rank + 1) // 2
+    for key in (k for k in alone[0] if "projector" not in k):
+        u, s, v = np.linalg.svd(((alone[0][key] + alone[1][key]) / 2).double().numpy())
+        want = (u[:, :rank] * s[:rank]) @ v[:rank]
+        got = sum(t[key] for t in told if key in t).double().numpy()
+        np.testing.assert_allclose(got, want, atol=1e-5)
+        assert s[rank] > 1e-3  # something was cut off
 
 
 def test_a_later_task_does_not_start_from_the_merge() -> None:
@@ -97,6 +115,29 @@ def test_lorahub_stores_the_sum_at_the_weights_it_found(space: str) -> None:
         kept = [float(model(model.collate(k, answers=True)).loss) for k in method.kept.values()]
     assert sum(kept) / 2 + 0.01 * (abs(w[0]) + abs(w[1])) / 2 < per_point[0]  # the base model: w = 0
     assert any(abs(p - sum(kept) / 2) < 1e-6 for p in per_point)
+
+
+def test_lorahub_counts_every_task_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is searched for is the mean over tasks of their loss: a sum would make the price of weights smaller."""
+    pairs: list[tuple[float, float]] = []
+
+    def watched(states: Any, *, loss: Any, **how: Any) -> Any:
+        model, bank = model_of[0], model_of[0].adapters
+        for name, state in zip(method.adapter_of.values(), states, strict=True):
+            got = loss(state)
+            with bank.using(Mix({name: 1.0})):
+                each = [float(model(model.collate(k, answers=True)).loss) for k in method.kept.values()]
+            pairs.append((got, sum(each) / len(each)))
+        return states[0], [1.0, *[0.0] * (len(states) - 1)]
+
+    monkeypatch.setattr("retain.methods.lorahub.lorahub", watched)
+    method, model_of, seen = LoraHub(shots=3), [FakeModel()], list[str]()
+    for task in stream()[:2]:
+        fit(model_of[0], method, context(model_of[0], task.name, seen), Optim(lr=5e-2, steps=3, batch_size=4))
+        seen.append(task.name)
+    assert len(pairs) == 3
+    for got, want in pairs:
+        assert got == pytest.approx(want, rel=1e-4)
 
 
 def test_lorahub_of_one_evaluation_is_the_base_model() -> None:
@@ -151,6 +192,19 @@ def test_cofima_equals_the_formula(space: str) -> None:
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
 
 
+def test_a_clip_is_a_quantile_of_each_tensor() -> None:
+    found = []
+    for clip in (1.0, 0.9):
+        part = CoFiMA(n_samples=8, clip=clip)
+        learn(Stack(build("lora"), part), 1)
+        found.append(part.fisher)
+    for key, whole in found[0].items():
+        F = whole.double().numpy()
+        want = np.minimum(F, np.quantile(F, 0.9, method="higher"))
+        np.testing.assert_allclose(found[1][key].double().numpy(), want, rtol=1e-6)
+        assert want.max() < F.max()
+
+
 def test_the_fisher_of_a_change_is_that_of_the_weight() -> None:
     """dL/dW by hooks equals autograd on the frozen weight itself, batch by batch, squared and averaged."""
     part = CoFiMA(n_samples=8)
@@ -194,6 +248,30 @@ def test_coma_forgets_less_than_plain_lora() -> None:
         untuned = float(plain(plain.collate(list(stream()[1].test), answers=True)).loss)
     for name in ("coma", "cofima"):
         assert losses[name][0] < losses["lora"][0] and losses[name][1] < untuned
+
+
+@pytest.mark.parametrize("name", ["merge_after_task", "merge_tasks"])
+def test_the_weights_of_a_recipe_weigh(name: str) -> None:
+    """(1 a + 3 b) / 4, in the order [before, after] or that of the tasks; the projector shows it without truncation."""
+    seen: dict[str, list[Any]] = {"lora": []}
+
+    class Watch(Method):
+        name = "watch"
+
+        def end_task(self, ctx: Any) -> None:  # before the merge
+            last = next(n for n in reversed(ctx.model.adapters.names) if not n.startswith("merged"))
+            seen["lora"].append(dense(merging.changes(ctx.model.adapters, last)))
+
+    weights = [1.0, 3.0] if name == "merge_after_task" else [1.0, 3.0, 5.0]
+    part = build({name: {"merger": "average", "weights": weights}})
+    stack = [build("lora"), Watch(), part] if name == "merge_after_task" else [Watch(), part]
+    model = learn(Stack(*stack))
+    bank, (a, b) = model.adapters, seen["lora"]
+    told = [dense(merging.changes(bank, n)) for n in bank.mix.names]
+    for key in ("projector.weight", "projector.bias"):
+        got = sum(t[key] for t in told if key in t)
+        torch.testing.assert_close(got, (a[key] + 3 * b[key]) / 4, atol=1e-5, rtol=1e-4)
+        assert (a[key] - b[key]).abs().max() > 0.01
 
 
 def test_what_a_truncation_loses_is_told() -> None:

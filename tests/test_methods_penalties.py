@@ -95,6 +95,13 @@ def test_distillation_equals_the_formula(T: float) -> None:
     assert distillation(z, z, T).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_distillation_is_fp32_whatever_the_logits_are() -> None:
+    z, z_old = (3 * noise(5, 7, seed=s).bfloat16() for s in (0, 1))
+    got = distillation(z, z_old, 3.0)
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(reference.lwf(z.tolist(), z_old.tolist(), 3.0), rel=1e-5)
+
+
 def test_the_teacher_is_the_model_before_the_task() -> None:
     model, part = FakeModel(), LwF(weight=0.5)
     ctx = context(model, "letter", ["colour"])

@@ -594,7 +594,8 @@ def test_two_runs_have_a_spread_in_every_cell() -> None:
     two = [lower([[1.0], [2.0, 5.0]]), lower([[3.0], [2.0, 8.0]])]
     made = aggregate(two)
     assert made.std[1, 0] == pytest.approx(math.sqrt(2)) and made.std[2, 1] == pytest.approx(3 / math.sqrt(2))
-    assert np.isnan(aggregate(two[:1]).std).all()
+    alone = aggregate(two[:1])
+    assert np.isnan(alone.std).all() and alone.std.shape == alone.mean.shape == (3, 2)
 
 
 def test_a_run_of_another_stream_is_named_by_its_place() -> None:
