@@ -209,6 +209,8 @@ MOST = 64 * 2**20
 def read_object(file: Path, what: str) -> dict[str, Any]:
     """A JSON file that a stranger wrote beside weights; whatever is no object of fields is an error that names the file."""
     try:
+        if not file.is_file():
+            raise ValueError("it is no regular file")  # a pipe or a device would be read for ever
         if file.stat().st_size > MOST:
             raise ValueError(f"it has {file.stat().st_size:,} bytes, at most {MOST:,} are read")
         value = json.loads(file.read_text(encoding="utf-8"))
