@@ -278,7 +278,7 @@ def long_texts(rng: random.Random, home: Path) -> fuzz.Case:
 
 
 @cache
-def _pictures() -> dict[str, bytes]:
+def files_of_pictures() -> dict[str, bytes]:
     photo = Image.linear_gradient("L").resize((24, 24)).convert("RGB")
     out = {}
     for name in (
@@ -327,8 +327,8 @@ def pictures(rng: random.Random, home: Path) -> fuzz.Case:
         what = rng.choice(sorted(FOREIGN))
         file.write_bytes(FOREIGN[what])
         return fuzz.Case(what, args, "bad", ("colour_train.json", "row 2", "colour_train_1.png"))
-    name = rng.choice(sorted(_pictures()))
-    raw = _pictures()[name]
+    name = rng.choice(sorted(files_of_pictures()))
+    raw = files_of_pictures()[name]
     file.write_bytes(raw if how == "good" else flipped(rng, raw))
     if how == "good":
         return fuzz.Case(f"good: {name} called .png", args, "good", finds=True)
