@@ -174,7 +174,7 @@ def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
 # -- configurations and tensors that PEFT cannot mean --------------------------------------------------------------
 
 CONFIGS: dict[str, Any] = {
-    "lora_alpha": ["many", [4], None, float("nan"), -4, 0, True, 10**40, "4"],
+    "lora_alpha": ["many", [4], None, float("nan"), 0, True, 10**40, "4"],
     "r": ["many", [4], -1, 0, 1.5, True, 10**40],
     "rank_pattern": [[], "x", {"(": 4}, {"a": "b"}, {"a": 0}, {"(a+)+(?=b)": 4}, {"a" * 200_000: 4}],
     "alpha_pattern": [[1], {"a": None}, {"a": float("inf")}, {"(x|y)*\\1": 4}],

@@ -262,11 +262,11 @@ def numbers(config: Mapping[str, Any], folder: Path) -> None:
     if "lora_alpha" not in config:
         raise RetainError(f"{folder / CONFIG}: lora_alpha is missing, so the scale alpha / r is not known")
     if not _number(config["lora_alpha"]):
-        raise wrong("lora_alpha", config["lora_alpha"], "finite number above 0")
+        raise wrong("lora_alpha", config["lora_alpha"], "finite number other than 0")
     if "r" in config and not _rank(config["r"]):
         raise wrong("r", config["r"], "rank (a whole number from 1)")
     for key, fits, wanted in (
-        ("rank_pattern", _rank, "rank (a whole number from 1)"), ("alpha_pattern", _number, "finite number above 0"),
+        ("rank_pattern", _rank, "rank (a whole number from 1)"), ("alpha_pattern", _number, "finite number other than 0"),
     ):  # fmt: skip
         given = {} if config.get(key) is None else config[key]
         if not isinstance(given, dict) or len(given) > MODULES:
@@ -301,7 +301,7 @@ MODULES = 100_000
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30  # NaN is not
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < abs(value) < 1e30  # NaN is not
 
 
 def _rank(value: object) -> bool:

@@ -156,11 +156,16 @@ def _short(value: object) -> str:
 
 
 @contextmanager
-def told(who: str, what: str = "") -> Iterator[None]:
-    """Whatever transformers, tokenizers or jinja raise on a broken file becomes one sentence that begins with `who`."""
+def told(who: str, what: str = "", *, ours: bool = True) -> Iterator[None]:
+    """Whatever transformers, tokenizers or jinja raise on a broken file becomes one sentence that begins with `who`.
+
+    `ours`: an error of retain's own begins so too; else it is left as it is.
+    """
     try:
         yield
     except RetainError as error:
+        if not ours:
+            raise
         raise (error if str(error).startswith(who) else RetainError(f"{who}: {error}")) from error
     except Exception as error:  # on a stranger's files they raise nearly every class there is
         said = " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in str(error)).split())
