@@ -225,7 +225,9 @@ def test_the_coefficient_scales_the_fused_update_of_both_kinds() -> None:
 def fake_features(rows: Tensor) -> Any:
     """A context whose guide gives these rows, twice."""
     model = SimpleNamespace(collate=lambda e, answers: e, guide=lambda e: Guide(rows[list(e)], rows[list(e)]))
-    return SimpleNamespace(model=model, task=SimpleNamespace(train=range(len(rows))), batch_size=32, micro_size=32)
+    return SimpleNamespace(
+        model=model, task=SimpleNamespace(train=range(len(rows))), batch_size=32, micro_size=32
+    )
 
 
 def test_anchors_never_stop_moving() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import random
 import re
+import socket
 import struct
 import time
 import warnings
@@ -745,3 +747,43 @@ def test_what_passed_a_larger_limit_is_opened(tmp_path: Path, monkeypatch: pytes
     assert picture.looked_at(tmp_path / "a.png", 220)[0] is None
     assert picture.looked_at(tmp_path / "a.png", 221)[0] is not None
     assert picture.opened(tmp_path / "a.png", "x").size == (17, 13)
+
+
+@pytest.mark.parametrize("how", ["pipe", "device", "folder", "socket", "loop"])
+def test_what_is_no_file_is_not_waited_for(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.png"
+    with socket.socket(socket.AF_UNIX) as end:
+        make: dict[str, Callable[[], Any]] = {
+            "pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir,
+            "socket": lambda: end.bind("a.png"), "loop": lambda: path.symlink_to(path),
+        }  # fmt: skip
+        make[how]()
+        with pytest.raises(RetainError, match=r"a\.png: (no such file|Too many levels)"):
+            picture.opened(path, "x")
+        assert picture.looked_at(path)[0] is None and picture.frames(path) == 1
+        (tmp_path / "d.json").write_text('[{"image": "a.png", "text": "What?", "answer": "x"}]')
+        with pytest.raises(RetainError, match="row 1, field 'image'"):
+            read.examples(tmp_path / "d.json")
+
+
+def test_no_format_runs_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a file is called: an EPS starts no Ghostscript, also where the user has opened it with Pillow himself."""
+    import subprocess
+
+    started: list[Any] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a))
+    monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: started.append(a))
+    raw = file_of(Image.fromarray(ODD), "eps")
+    (tmp_path / "a.png").write_bytes(raw)
+    for source in (tmp_path / "a.png", Image.open(tmp_path / "a.png")):
+        assert picture.tried(source)[0] is None
+    assert picture.looked_at(raw)[0] is None and not started
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "PCX", "ICO"])
+def test_ordinary_formats_are_taken(name: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(PHOTO).save(buffer, name)
+    image, wrong = picture.looked_at(buffer.getvalue())
+    assert wrong == "" and image is not None and picture.opened(image, "x").mode == "RGB"

@@ -209,6 +209,8 @@ MOST = 64 * 2**20
 def read_object(file: Path, what: str) -> dict[str, Any]:
     """A JSON file that a stranger wrote beside weights; whatever is no object of fields is an error that names the file."""
     try:
+        if not file.is_file():
+            raise ValueError("it is no regular file")  # a pipe or a device would be read for ever
         if file.stat().st_size > MOST:
             raise ValueError(f"it has {file.stat().st_size:,} bytes, at most {MOST:,} are read")
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -260,11 +262,11 @@ def numbers(config: Mapping[str, Any], folder: Path) -> None:
     if "lora_alpha" not in config:
         raise RetainError(f"{folder / CONFIG}: lora_alpha is missing, so the scale alpha / r is not known")
     if not _number(config["lora_alpha"]):
-        raise wrong("lora_alpha", config["lora_alpha"], "finite number above 0")
+        raise wrong("lora_alpha", config["lora_alpha"], "finite number other than 0")
     if "r" in config and not _rank(config["r"]):
         raise wrong("r", config["r"], "rank (a whole number from 1)")
     for key, fits, wanted in (
-        ("rank_pattern", _rank, "rank (a whole number from 1)"), ("alpha_pattern", _number, "finite number above 0"),
+        ("rank_pattern", _rank, "rank (a whole number from 1)"), ("alpha_pattern", _number, "finite number other than 0"),
     ):  # fmt: skip
         given = {} if config.get(key) is None else config[key]
         if not isinstance(given, dict) or len(given) > MODULES:
@@ -299,7 +301,9 @@ MODULES = 100_000
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30  # NaN is not
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 < abs(value) < 1e30
+    )  # NaN is not
 
 
 def _rank(value: object) -> bool:

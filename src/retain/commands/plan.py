@@ -131,15 +131,16 @@ def skeleton(recipe: Recipe) -> tuple[Any, Any]:
 def encoder(hf: Any, processor: Any, recipe: Recipe) -> Encoder:
     """What turns examples into tokens, as the recipe says."""
     spec = recipe.model
-    return Encoder(
-        processor,
-        eos_ids(hf, processor.tokenizer),
-        image_token(hf.config),
-        spec.max_length or 1 << 30,
-        spec.truncate,
-        family=family_of(hf, spec.family),
-        square=spec.square,
-    )
+    with told(f"model {spec.name!r}", "what its configuration describes", ours=False):
+        return Encoder(
+            processor,
+            eos_ids(hf, processor.tokenizer),
+            image_token(hf.config),
+            spec.max_length or 1 << 30,
+            spec.truncate,
+            family=family_of(hf, spec.family),
+            square=spec.square,
+        )
 
 
 def _shape(hf: Any, recipe: Recipe) -> Shape:

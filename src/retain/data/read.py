@@ -208,9 +208,9 @@ def _fit(value: Any, deeper: int = 0) -> bool:
     if isinstance(value, int):
         return -LARGE < value < LARGE
     if isinstance(value, Mapping):
-        return deeper <= DEEP and all([_fit(str(k)) and _fit(v, deeper + 1) for k, v in value.items()])
+        return deeper <= DEEP and all(_fit(str(k)) and _fit(v, deeper + 1) for k, v in value.items())
     if isinstance(value, list | tuple):
-        return deeper <= DEEP and all([_fit(v, deeper + 1) for v in value])
+        return deeper <= DEEP and all(_fit(v, deeper + 1) for v in value)
     return True
 
 

@@ -50,6 +50,10 @@ def looked_at(folder: Path, who: str) -> None:
             f"{who}: the folder holds an adapter (adapter_config.json) beside the model, which would change it unseen; "
             "move it away, or merge it into the model first"
         )
+    with told(who, "the folder"):
+        entries = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    if odd := sorted(p.name for p in entries if not (p.is_file() or p.is_dir())):
+        raise RetainError(f"{who}: {odd[0]} is no regular file (a pipe, a device, a broken link)")
     with told(who):
         found = {name: _object(folder / name) for name in _JSON if (folder / name).exists()}
     sizes = _headers(folder, who, quantised="quantization_config" in found["config.json"])
@@ -152,14 +156,19 @@ def _short(value: object) -> str:
 
 
 @contextmanager
-def told(who: str, what: str = "") -> Iterator[None]:
-    """Whatever transformers, tokenizers or jinja raise on a broken file becomes one sentence that begins with `who`."""
+def told(who: str, what: str = "", *, ours: bool = True) -> Iterator[None]:
+    """Whatever transformers, tokenizers or jinja raise on a broken file becomes one sentence that begins with `who`.
+
+    `ours`: an error of retain's own begins so too; else it is left as it is.
+    """
     try:
         yield
     except RetainError as error:
+        if not ours:
+            raise
         raise (error if str(error).startswith(who) else RetainError(f"{who}: {error}")) from error
     except Exception as error:  # on a stranger's files they raise nearly every class there is
-        said = " ".join(str(error).split())
+        said = " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in str(error)).split())
         said = said if len(said) <= 400 else said[:399] + "…"
         kind = "" if isinstance(error, OSError | ValueError) and said else f"{type(error).__name__}: "
         raise RetainError(f"{who}: {what} cannot be loaded: {kind}{said}") from error

@@ -34,6 +34,7 @@ from retain.models.cache import ByteLRU
 from retain.models.encode import Encoder, ImageRef, Square
 from retain.models.family import Family, family_of
 from retain.models.fits import Sieve
+from retain.models.folder import told
 from retain.models.generate import greedy, next_logits
 from retain.models.guard import check
 from retain.models.guide import Guider, GuideSource, prototype_width
@@ -150,7 +151,8 @@ class HFModel:
         hf_model, processor = load_pretrained(name_or_dir, dtype, device)
         beside = Path(name_or_dir) / "guide"
         source = guide if guide is not None else (beside if beside.is_dir() else None)
-        model = cls(hf_model, processor, spec, name=str(name_or_dir), guide=source, **kwargs)
+        with told(f"model {str(name_or_dir)!r}", "what its configuration describes", ours=False):
+            model = cls(hf_model, processor, spec, name=str(name_or_dir), guide=source, **kwargs)
         if guard:
             check(model)
         return model

@@ -146,7 +146,9 @@ def load_processor(name: str, local: bool, config: Any = None) -> Any:
     Raises RetainError for a processor that does not say which tokens stand for an image.
     """
     with told(f"model {name!r}", "its tokenizer or image processor"):
-        return _processor(name, local, config)
+        processor = _processor(name, local, config)
+        processor.tokenizer("What?")  # what is wrong with its settings, it says at the first words
+        return processor
 
 
 def _processor(name: str, local: bool, config: Any) -> Any:

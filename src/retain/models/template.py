@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -21,7 +21,7 @@ from retain.types import RetainError
 
 LONGEST = 1_000_000
 """Characters of a template; the longest published ones have twenty thousand."""
-STEPS, TEXT = 200_000, 20_000_000
+STEPS, TEXT = 50_000, 20_000_000
 """Lines that it may run for a question and an answer, and characters that it may hold; published ones run hundreds."""
 NUMBER = 1_000_000
 """The largest number that may stand in it."""
@@ -40,8 +40,13 @@ def looked_at(template: str, render: Callable[[], object]) -> None:
         raise RetainError(f"{where}{f', line {line}' if line else ''}: {error.message or error}") from None
     except RecursionError:
         raise RetainError(f"{where} is nested too deep") from None
-    with counted(where), suppress(Exception):  # what it refuses is told of the row that it refuses
-        render()
+    with counted(where):
+        try:
+            render()
+        except (RecursionError, MemoryError) as error:
+            raise RetainError(f"{where} does not end: {error}") from None
+        except Exception:  # what it refuses is told of the row that it refuses
+            return
 
 
 def _finite(tree: nodes.Template, where: str) -> None:
@@ -93,5 +98,5 @@ def counted(where: str) -> Iterator[None]:
 def _held(value: object) -> int:
     """Characters that a variable of a template holds."""
     if isinstance(value, Namespace):
-        return sum(map(_held, vars(value).get("_Namespace__attrs", {}).values()))
+        return sum(map(_held, getattr(value, "_Namespace__attrs", {}).values()))
     return len(value) if isinstance(value, str | list | tuple) else 0

@@ -193,4 +193,6 @@ def _answer(when: str, record: Record) -> Answer:
 def _sample(run: Run, task: str, record: Record, answers: tuple[Answer, ...]) -> Sample:
     picture = run.thumbnail(record)
     references = tuple(short(str(r)) for r in record["references"][:MANY])
-    return Sample(task, short(str(record["question"])), references, data_uri(picture) if picture else None, answers)
+    return Sample(
+        task, short(str(record["question"])), references, data_uri(picture) if picture else None, answers
+    )
