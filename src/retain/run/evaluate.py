@@ -11,6 +11,7 @@ copied, not generated.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from retain.adapters.bank import Mix
 from retain.files import append_lines, mend, read_jsonl
 from retain.method import Context, Method
 from retain.models.base import Model
+from retain.models.upcast import half, in_fp32
 from retain.run.engine import Engine, autocast
 from retain.stream import Task
 from retain.types import RetainError, digest
@@ -29,21 +31,23 @@ from retain.types import RetainError, digest
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How cells are evaluated. `batch_size` changes speed, not answers.
+    """How cells are evaluated. `batch_size` changes speed, not answers, where `precision` is `fp32`.
 
+    `precision`: `model` answers in the type that the model was loaded in, `fp32` widens one in half precision for as
+    long as it answers, `bf16` is autocast. In half precision rounding depends on the batch, and answers may with it.
     `split`: `test`, or `valid` for choosing a hyper-parameter (never choose on `test`).
     """
 
     batch_size: int = 64
-    precision: str = "fp32"
+    precision: str = "model"
     thumbnails: int = 100
     split: str = "test"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise RetainError(f"eval.batch_size: must be at least 1, not {self.batch_size}")
-        if self.precision not in ("fp32", "bf16"):
-            raise RetainError(f"eval.precision: {self.precision!r} is none of ['fp32', 'bf16']")
+        if self.precision not in ("model", "fp32", "bf16"):
+            raise RetainError(f"eval.precision: {self.precision!r} is none of ['model', 'fp32', 'bf16']")
         if self.split not in ("test", "valid"):
             raise RetainError(f"eval.split: {self.split!r} is none of ['test', 'valid']")
         if self.thumbnails < 0:
@@ -113,7 +117,16 @@ def cell_key(
         return [[name, digests[name], _plain(w)] for name, w in weights.items() if not _off(w)]
 
     mixes = [[rows, told(m.weights), [[i, told(w)] for i, w in m.by_layer.items()]] for rows, m in batches]
-    return digest([model.fingerprint(), data or task.digest(), options.precision, mixes])
+    how = (
+        "fp32" if options.precision == "model" else options.precision
+    )  # what folders from before `model` say
+    how += " of half" if widens(model, options) else ""
+    return digest([model.fingerprint(), data or task.digest(), how, mixes])
+
+
+def widens(model: Model, options: EvalOptions) -> bool:
+    """Whether answers are computed in a wider type than the model's own."""
+    return options.precision == "fp32" and bool(half(model))
 
 
 def evaluate(
@@ -139,7 +152,8 @@ def evaluate(
         for file in sorted(part.parent.glob(f"{part.name}*")):
             found |= {row["id"]: row["prediction"] for row in read_jsonl(file)}
     told: dict[int, tuple[str, Mapping[str, float]]] = {}
-    with model.adapters.unchanging():
+    wide = in_fp32(model) if widens(model, options) else nullcontext()
+    with wide, model.adapters.unchanging():
         for rows, mix in batches[engine.rank :: engine.world]:
             ids = [task.test[i].id for i in rows]
             if all(i in found for i in ids):
