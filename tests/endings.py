@@ -127,6 +127,48 @@ def command(engine: Engine) -> None:
     assert not dist.is_initialized()
 
 
+def stopped(engine: Engine) -> None:
+    """Rank 1 is asked to stop in the middle of a task: both save and stop, and the same call ends as if nothing was."""
+    from dataclasses import replace
+
+    from crash import METHOD, OPTIM, SPEC
+    from fake_model import FakeModel, stream
+    from loop_helpers import kept
+    from retain.method import build
+    from retain.run.continual import run
+    from retain.run.evaluate import EvalOptions
+    from retain.run.store import RunDir
+    from retain.signals import Patience, Stopped
+
+    class Third(Patience):
+        left = 3
+
+        def __call__(self) -> bool:
+            self.left -= 1
+            return self.left == 0 and engine.rank == 1
+
+    def go(folder: Path, stop: Patience | None = None) -> None:
+        if engine.main:
+            RunDir.open(folder, {})
+        engine.wait()  # the first one makes the folder, as `retain run` does
+        store, options = RunDir.open(folder, {}, main=engine.main), EvalOptions(batch_size=2)
+        optim = replace(OPTIM, checkpoint_every=5)
+        run(FakeModel(SPEC), stream(), build(METHOD), optim, store, options=options, engine=engine, stop=stop)
+
+    base = Path(os.environ["FOLDER"])
+    go(base / "whole")
+    try:
+        go(base / "halved", Third())
+        raise AssertionError("nobody stopped")
+    except Stopped as error:
+        assert "after step 3 of 7" in str(error)
+        engine.wait()
+        assert list((base / "halved").glob("rows/*/checkpoint/newest.json"))
+    go(base / "halved")
+    if engine.main:
+        assert kept(base / "whole") == kept(base / "halved")
+
+
 def hangs(engine: Engine) -> None:
     """Rank 1 does not come: the engine was started with little patience."""
     if engine.rank == 1:
@@ -183,6 +225,7 @@ def child(folder: Path, ending: str, rank: int, port: int) -> None:
 
 def main(folder: Path, endings: list[str]) -> None:
     torch.set_num_threads(1)
+    os.environ["FOLDER"] = str(folder)
     statuses: dict[str, list[int]] = {}
     if "command" in endings:
         os.environ["RECIPE"] = str(own_data.shop(folder, own_data.model_dir(folder / "model")))

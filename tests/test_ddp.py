@@ -111,6 +111,7 @@ ENDS: dict[str, tuple[list[int], str]] = {
     "again": ([0, 0], ""),
     "bare_plain": ([0, 0], ""),
     "command": ([0, 0], ""),
+    "stopped": ([0, 0], ""),
     "refused_by_all": ([2, 2], "the recipe is wrong"),
     "refused_by_one": ([2, 2], f"{FIRST}RetainError: row 7 is wrong"),
     "raises": ([2, 1], f"{FIRST}ValueError: my own mistake"),

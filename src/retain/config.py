@@ -172,7 +172,7 @@ def _recipe(plain: Plain, path: Path) -> Recipe:
         method=top.method,
         adapter=_adapter(top.adapter, f"{path}: adapter"),
         optim=top.optim,
-        eval=top.eval,
+        eval=_precision(top.eval, top.model),
         seed=top.seed,
         out=out,
         plugins=tuple(_existing(base, p, f"{path}: plugins") for p in top.plugins),
@@ -198,6 +198,12 @@ class _Top:
     reuse: str = (
         ""  # off; a folder that runs share: tasks tuned there from the same start are not tuned again
     )
+
+
+def _precision(options: EvalOptions, model: ModelSpec) -> EvalOptions:
+    """A model in fp32 answers in fp32 as it is: said as folders from before the choice `model` say it."""
+    own = options.precision == "model" and model.dtype == "fp32"
+    return replace(options, precision="fp32") if own else options
 
 
 def default_out(path: Path, seed: int) -> Path:

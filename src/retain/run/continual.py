@@ -33,7 +33,7 @@ from retain.metrics.matrix import AccuracyMatrix
 from retain.models.base import Model
 from retain.run import records
 from retain.run.engine import Engine, peak_memory
-from retain.run.evaluate import EvalOptions, cell_key, evaluate, lengths, plan, score
+from retain.run.evaluate import EvalOptions, cell_key, evaluate, lengths, plan, score, widens
 from retain.run.store import Row, RunDir, TunedDir, differences, empty, safe
 from retain.run.train import FitStats, Optim, fit
 from retain.signals import Stop
@@ -385,10 +385,12 @@ def setting(r: Running) -> dict[str, Any]:
     code = {
         n: digest(ast.dump(ast.parse(Path(f).read_text()))) for n, f in files.items() if f and n not in own
     }
-    made = {
+    made: dict[str, Any] = {
         "method": [{p.name: p.config()} for p in r.method.parts], "code": code, "optim": written(r.optim),
         "eval": asdict(r.options), "seed": r.seed, "tasks": [t.name for t in r.stream.all],
     }  # fmt: skip
+    if widens(r.model, r.options):
+        made["eval"]["widened"] = True  # folders from before there was the choice say fp32 and did not
     if any(most_answers(t.train) > 1 for t in r.stream):
         made["turns"] = (
             r.optim.turns

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from retain.adapters.bank import Mix
 from retain.files import append_lines, mend, read_jsonl
 from retain.method import Context, Method
 from retain.models.base import Model
+from retain.models.upcast import half, in_fp32
 from retain.run import records
 from retain.run.engine import Engine, autocast
 from retain.stream import Task
@@ -33,13 +35,15 @@ from retain.values import CountOrOff, Size, ranged
 @ranged("eval")
 @dataclass(frozen=True)
 class EvalOptions:
-    """How cells are evaluated. `batch_size` changes speed, not answers.
+    """How cells are evaluated. `batch_size` changes speed, not answers, where `precision` is `fp32`.
 
+    `precision`: `model` answers in the type that the model was loaded in, `fp32` widens one in half precision for as
+    long as it answers, `bf16` is autocast. In half precision rounding depends on the batch, and answers may with it.
     `split`: `test`, or `valid` for choosing a hyper-parameter (never choose on `test`).
     """
 
     batch_size: Size = 64
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["model", "fp32", "bf16"] = "model"
     thumbnails: CountOrOff = 100
     split: Literal["test", "valid"] = "test"
 
@@ -117,7 +121,16 @@ def cell_key(
         return [[name, digests[name], _plain(w)] for name, w in weights.items() if not _off(w)]
 
     mixes = [[rows, told(m.weights), [[i, told(w)] for i, w in m.by_layer.items()]] for rows, m in batches]
-    return digest([model.fingerprint(), data or task.digest(), options.precision, mixes])
+    how = (
+        "fp32" if options.precision == "model" else options.precision
+    )  # what folders from before `model` say
+    how += " of half" if widens(model, options) else ""
+    return digest([model.fingerprint(), data or task.digest(), how, mixes])
+
+
+def widens(model: Model, options: EvalOptions) -> bool:
+    """Whether answers are computed in a wider type than the model's own."""
+    return options.precision == "fp32" and bool(half(model))
 
 
 def evaluate(
@@ -143,7 +156,8 @@ def evaluate(
         for file in sorted(part.parent.glob(f"{part.name}*")):
             found |= _saved(file)
     told: dict[int, tuple[str, Mapping[str, float]]] = {}
-    with model.adapters.unchanging():
+    wide = in_fp32(model) if widens(model, options) else nullcontext()
+    with wide, model.adapters.unchanging():
         for rows, mix in batches[engine.rank :: engine.world]:
             ids = [task.test[i].id for i in rows]
             if all(i in found for i in ids):

@@ -475,8 +475,15 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What two configs say differently, key by key."""
     a, b = _flat(there), _flat(here)
     keys = [k for k in sorted(a.keys() | b.keys()) if k.split(".")[0] not in NOT_THE_RECIPE]
-    unlike = [k for k in keys if (k in a, a.get(k)) != (k in b, b.get(k))]
+    unlike = [
+        k for k in keys if (k in a, a.get(k)) != (k in b, b.get(k)) and not _renamed(k, a.get(k), b.get(k))
+    ]
     return [f"{k}: {_say(a, k)} there, {_say(b, k)} here" for k in unlike]
+
+
+def _renamed(key: str, there: Any, here: Any) -> bool:
+    """Whether an earlier version wrote the same choice otherwise: eval.precision was fp32 also where nothing was widened."""
+    return key == "eval.precision" and (there, here) == ("fp32", "model")
 
 
 def _say(flat: Mapping[str, Any], key: str) -> str:
