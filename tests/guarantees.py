@@ -124,6 +124,18 @@ class Average(Guarantee):
         return {k: t.float() for k, t in self.mean.items()}
 
 
+class Between(Guarantee):
+    """The final weights of what an earlier task trained are half way from the start to the end of the path."""
+
+    def begin(self, ctx: Context) -> None:
+        self.old = {name for names in self.part.trained.values() for name in names}
+
+    def settle(self, ctx: Context) -> State | None:
+        was = self.w.start
+        new = {k: self.w.now(k) for k in was}
+        return {k: (was[k] + t) / 2 if k.split("/", 1)[0] in self.old else t for k, t in new.items()}
+
+
 class Adaptive(Guarantee):
     """The average moves along the way to the weights, no further; the kept gradient is this step's; it ends in place."""
 
@@ -303,6 +315,7 @@ GUARANTEES: dict[str, type[Guarantee]] = {
     "gpm": Gpm,
     "ewc": Ewc,
     "ema": Average,
+    "interpolate": Between,
     "llaca": Adaptive,
     "lwf": Lwf,
     "replay": Replayed,

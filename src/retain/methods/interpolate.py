@@ -23,7 +23,7 @@ adapter per task nothing is ever interpolated, and the events say so.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from retain.method import FULL_PARAMS, Context, Method, register
-from retain.methods._parts import take, trained_names
+from retain.methods._parts import micro_batches, take, trained_names
 from retain.types import Example, RetainError
+from retain.values import Share, Size
 
 
 def between(before: Tensor, after: Tensor, ratio: float) -> Tensor:
@@ -50,10 +51,11 @@ class Interpolate(Method):
     about: ClassVar[str] = "the weights between before and after each task"
     source: ClassVar[str] = "arXiv:2109.01903"
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
+    roles: ClassVar[Mapping[str, str]] = {"end_task": "settles"}
 
-    ratio: float | None = None
-    choose: list[float] = field(default_factory=list)
-    keep: int = 16
+    ratio: Share | None = None
+    choose: list[Share] = field(default_factory=list)
+    keep: Size = 16
 
     before: dict[str, Tensor] = field(
         init=False, default_factory=dict
@@ -66,12 +68,6 @@ class Interpolate(Method):
     def __post_init__(self) -> None:
         if self.ratio is not None and self.choose:
             raise RetainError(f"interpolate: ratio ({self.ratio!r}) or choose ({self.choose!r}), not both")
-        if self.ratio is not None and not _share(self.ratio):
-            raise RetainError(f"interpolate.ratio: must be a number in [0, 1], not {self.ratio!r}")
-        if not isinstance(self.choose, list) or not all(map(_share, self.choose)):
-            raise RetainError(f"interpolate.choose: must be a list of numbers in [0, 1], not {self.choose!r}")
-        if isinstance(self.keep, bool) or self.keep < 1:
-            raise RetainError(f"interpolate.keep: must be 1 or more, not {self.keep!r}")
 
     def begin_task(self, ctx: Context) -> None:
         old = {name for names in self.trained.values() for name in names}
@@ -124,12 +120,4 @@ class Interpolate(Method):
 
 def _loss(ctx: Context, examples: Sequence[Example]) -> float:
     """Mean answer loss over the answer tokens of the examples, under the mix that is on."""
-    total, n = 0.0, 0
-    for i in range(0, len(examples), ctx.batch_size):
-        batch = ctx.model.collate(examples[i : i + ctx.batch_size], answers=True, turns=ctx.turns)
-        total, n = total + float(ctx.model(batch).loss) * batch.n_answer, n + batch.n_answer
-    return total / n
-
-
-def _share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    return sum(float(ctx.model(b).loss) * share for b, share in micro_batches(ctx, examples, range(len(examples))))
