@@ -120,4 +120,6 @@ class Interpolate(Method):
 
 def _loss(ctx: Context, examples: Sequence[Example]) -> float:
     """Mean answer loss over the answer tokens of the examples, under the mix that is on."""
-    return sum(float(ctx.model(b).loss) * share for b, share in micro_batches(ctx, examples, range(len(examples))))
+    return sum(
+        float(ctx.model(b).loss) * share for b, share in micro_batches(ctx, examples, range(len(examples)))
+    )
