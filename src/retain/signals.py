@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
-NAMES = {
+NAMES: dict[int, str] = {
     number: name
     for name in ("SIGINT", "SIGTERM", "SIGHUP")
     if (number := getattr(signal, name, None)) is not None
@@ -63,9 +63,9 @@ class Patience:
         self.listening = True
         return self
 
-    def __exit__(self, kind: object, *error: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self.listening = False
-        if self.asked and kind is None:  # the loop was over before it looked
+        if self.asked and not any(error):  # the loop was over before it looked
             raise Told
 
 
