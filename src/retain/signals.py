@@ -98,7 +98,7 @@ def code() -> int:
 
 def sentence(command: str | None = None) -> str:
     """What happened, what is kept, and what the same command does now."""
-    how = {signal.SIGINT: "interrupted"}.get(_now.number, f"ended by {NAMES.get(_now.number, 'SIGTERM')}")
+    how = "interrupted" if _now.number == signal.SIGINT else f"ended by {NAMES.get(_now.number, 'SIGTERM')}"
     command = command or next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     if _now.kept:
         return f"{how}: {_now.kept}, and the same command continues"
