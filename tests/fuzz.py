@@ -177,7 +177,7 @@ def _called(args: Sequence[str], home: Path) -> tuple[int | None, str, str, str]
     with _as_a_command(args, home) as (out, err):
         try:
             with bounded():
-                cli.main()
+                cli.call()
             code = 0
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

@@ -416,9 +416,8 @@ def analyse_merge(
     typer.echo(f"{data}\n{picture}")
 
 
-def main() -> None:
-    """Run the command line as a process of its own, and end it."""
-    signals.watch()
+def call() -> None:
+    """Run the command line that is in `sys.argv`; it ends with SystemExit."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show ends nothing
@@ -426,9 +425,15 @@ def main() -> None:
     if odd is not None:
         print(f"error: the argument {odd!r:.100} is no UTF-8 text", file=sys.stderr)  # noqa: T201
         raise SystemExit(2)
+    app()
+
+
+def main() -> None:
+    """Run the command line as a process of its own, and end it."""
+    signals.watch()
     status: object = 0
     try:
-        app()
+        call()
     except SystemExit as end:
         status = end.code
     except BaseException as error:

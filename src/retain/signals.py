@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
-NAMES = {
+NAMES: dict[int, str] = {
     number: name
     for name in ("SIGINT", "SIGTERM", "SIGHUP")
     if (number := getattr(signal, name, None)) is not None
@@ -63,9 +63,9 @@ class Patience:
         self.listening = True
         return self
 
-    def __exit__(self, kind: object, *error: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self.listening = False
-        if self.asked and kind is None:  # the loop was over before it looked
+        if self.asked and not any(error):  # the loop was over before it looked
             raise Told
 
 
@@ -98,7 +98,7 @@ def code() -> int:
 
 def sentence(command: str | None = None) -> str:
     """What happened, what is kept, and what the same command does now."""
-    how = {signal.SIGINT: "interrupted"}.get(_now.number, f"ended by {NAMES.get(_now.number, 'SIGTERM')}")
+    how = "interrupted" if _now.number == signal.SIGINT else f"ended by {NAMES.get(_now.number, 'SIGTERM')}"
     command = command or next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     if _now.kept:
         return f"{how}: {_now.kept}, and the same command continues"

@@ -84,7 +84,7 @@ def _linear(
 
     def shares(scores: Sequence[Array], t: int, u: int) -> list[Shares]:
         w, out = weights(t, u), []
-        for j in np.flatnonzero((w != 0).any(axis=0)):
+        for j in np.flatnonzero((w != 0).any(axis=0)).tolist():
             used = w[:, j] != 0
             z_N = w[used, j] @ scores[j][used]
             out.append(Shares(z_N, z_N, z_N))
