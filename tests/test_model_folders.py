@@ -225,6 +225,12 @@ def test_a_pipe_is_not_waited_for(folder: Path) -> None:
     refused(folder, "generation_config.json", "no regular file")
 
 
+@pytest.mark.parametrize("value", ["2", [2, None], [[2]], 2.5, {"a": 2}, True])
+def test_a_token_that_is_no_number(folder: Path, value: Any) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    refused(folder, "generation_config.json", "eos_token_id")
+
+
 def test_an_adapter_beside_the_model(folder: Path) -> None:
     """Stock transformers would load it, and take the base from its configuration."""
     (folder / "adapter_config.json").write_text("{}")

@@ -108,7 +108,7 @@ def _items(path: Path) -> Iterator[Any]:
             return
         except (ValueError, RecursionError):  # broken JSON, or bytes that are no text
             pass
-    yield from _json(_text(path), f"{path}")[count:]
+    yield from _json(_text(path), f"{path}, row {count + 1}")[count:]
 
 
 @dataclass
@@ -187,8 +187,10 @@ def _json(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise RetainError(f"{where}: broken JSON at {place}: {error.msg}") from None
-    except (RecursionError, ValueError) as error:
-        raise RetainError(f"{where}: broken JSON: {error}") from None
+    except RecursionError:
+        raise RetainError(f"{where}: broken JSON: lists and objects are nested too deep") from None
+    except ValueError:  # Python's own bound: the text of longer ones takes a time that grows with its square
+        raise RetainError(f"{where}: broken JSON: a number of more than four thousand digits") from None
 
 
 def _row(item: Any, path: Path, number: int) -> Row:
