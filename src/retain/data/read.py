@@ -46,7 +46,10 @@ class _File:
 
 
 def examples(path: Path, image_root: Path | None = None, *, max_pixels: int = MAX_PIXELS) -> Kept:
-    """All rows of a file, read and checked once, and kept small (`retain.data.kept`). `image_root` defaults to the file's own folder; ids default to the row number."""
+    """All rows of a file, read and checked once, and kept small (`retain.data.kept`).
+
+    `image_root` defaults to the file's own folder; ids default to the row number.
+    """
     if not path.is_file():
         raise RetainError(f"{path}: no such file")
     root = image_root or path.parent
@@ -236,7 +239,9 @@ def _unfit(row: Any) -> str:
         elif isinstance(value, Mapping | list | tuple):
             wrong = "lists and objects are nested too deep" if len(at) > DEEP else ""
             keyed = isinstance(value, Mapping)
-            left += [(v, (*at, k)) for k, v in (value.items() if keyed else enumerate(value))]
+            left += [
+                (v, (*at, k)) for k, v in (value.items() if isinstance(value, Mapping) else enumerate(value))
+            ]
             wrong = wrong or (next((w for k in value if (w := _no_text(str(k)))), "") if keyed else "")
         else:
             continue
