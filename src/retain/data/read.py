@@ -46,7 +46,10 @@ class _File:
 
 
 def examples(path: Path, image_root: Path | None = None, *, max_pixels: int = MAX_PIXELS) -> Kept:
-    """All rows of a file, read and checked once, and kept small (`retain.data.kept`). `image_root` defaults to the file's own folder; ids default to the row number."""
+    """All rows of a file, read and checked once, and kept small (`retain.data.kept`).
+
+    `image_root` defaults to the file's own folder; ids default to the row number.
+    """
     if not path.is_file():
         raise RetainError(f"{path}: no such file")
     root = image_root or path.parent
@@ -108,7 +111,7 @@ def _items(path: Path) -> Iterator[Any]:
             return
         except (ValueError, RecursionError):  # broken JSON, or bytes that are no text
             pass
-    yield from _json(_text(path), f"{path}")[count:]
+    yield from _json(_text(path), f"{path}, row {count + 1}")[count:]
 
 
 @dataclass
@@ -187,8 +190,10 @@ def _json(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise RetainError(f"{where}: broken JSON at {place}: {error.msg}") from None
-    except (RecursionError, ValueError) as error:
-        raise RetainError(f"{where}: broken JSON: {error}") from None
+    except RecursionError:
+        raise RetainError(f"{where}: broken JSON: lists and objects are nested too deep") from None
+    except ValueError:  # Python's own bound: the text of longer ones takes a time that grows with its square
+        raise RetainError(f"{where}: broken JSON: a number of more than four thousand digits") from None
 
 
 def _row(item: Any, path: Path, number: int) -> Row:
@@ -234,7 +239,9 @@ def _unfit(row: Any) -> str:
         elif isinstance(value, Mapping | list | tuple):
             wrong = "lists and objects are nested too deep" if len(at) > DEEP else ""
             keyed = isinstance(value, Mapping)
-            left += [(v, (*at, k)) for k, v in (value.items() if keyed else enumerate(value))]
+            left += [
+                (v, (*at, k)) for k, v in (value.items() if isinstance(value, Mapping) else enumerate(value))
+            ]
             wrong = wrong or (next((w for k in value if (w := _no_text(str(k)))), "") if keyed else "")
         else:
             continue

@@ -58,6 +58,8 @@ def looked_at(folder: Path, who: str) -> None:
         found = {name: _object(folder / name) for name in _JSON if (folder / name).exists()}
     sizes = _headers(folder, who, quantised="quantization_config" in found["config.json"])
     plain(found["config.json"], f"{who}: config.json", len(sizes))
+    for name in ("config.json", "generation_config.json"):
+        _ids(found.get(name, {}), f"{who}: {name}")
     for name in ("preprocessor_config.json", "processor_config.json"):
         _sides(found.get(name, {}), f"{who}: {name}")
 
@@ -125,6 +127,16 @@ def code(config: Mapping[str, Any], known: bool, who: str) -> None:
     log.warning(
         "%s: the code that the model brings along (auto_map) is not run; transformers' own class is used", who
     )
+
+
+def _ids(config: Mapping[str, Any], where: str) -> None:
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = config.get(key)
+        many = value if isinstance(value, list) else [value]
+        if not all(type(i) is int for i in many) and value is not None:
+            raise RetainError(
+                f"{where}: {key}: {_short(value)}; the number of a token is needed, or a list of them"
+            )
 
 
 def _sides(config: Mapping[str, Any], where: str) -> None:
@@ -239,6 +251,7 @@ def finite(model: nn.Module, who: str) -> None:
     named = [(n, p) for n, p in named if p.element_size() > 1 and p.device.type != "meta"]
     if not named:
         return
+    # reads at the speed of memory, makes nothing, and keeps NaN, which a comparison would lose
     ends = torch.stack([torch.stack(torch.aminmax(p)).float().to(named[0][1].device) for _, p in named])
     bad = (~ends.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:

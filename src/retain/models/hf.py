@@ -153,8 +153,8 @@ class HFModel:
         source = guide if guide is not None else (beside if beside.is_dir() else None)
         with told(f"model {str(name_or_dir)!r}", "what its configuration describes", ours=False):
             model = cls(hf_model, processor, spec, name=str(name_or_dir), guide=source, **kwargs)
-        if guard:
-            check(model)
+            if guard:
+                check(model)
         return model
 
     def _limits(self, max_length: int | None) -> tuple[int, int]:
