@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value, indent=1) + "\n")
 
 
-def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """An atomic JSONL file."""
-    write_text(path, "".join(json_text(r) + "\n" for r in rows))
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """An atomic JSONL file, written row by row."""
+
+    def write(part: Path) -> None:
+        with part.open("w", encoding="utf8") as file:
+            file.writelines(json_text(r) + "\n" for r in rows)
+
+    write_atomic(path, write)
 
 
 def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

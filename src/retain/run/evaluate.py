@@ -52,7 +52,7 @@ class EvalOptions:
             raise RetainError(f"eval.thumbnails: must not be negative, is {self.thumbnails}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """One answer, its score in 0..100 (and the released scorer's), and the weights it was routed with."""
 

@@ -23,7 +23,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -321,7 +321,7 @@ class Row:
         self._cells = None
         records.write_table(self.path / "cells.json", cells)
 
-    def save_answers(self, task: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    def save_answers(self, task: str, lines: Iterable[Mapping[str, Any]]) -> str:
         """Write a cell's predictions; returns the digest of the file, which belongs into the cell."""
         write_jsonl(self.predictions(task), lines)
         return records.file_digest(self.predictions(task).read_bytes())
@@ -334,10 +334,13 @@ class Row:
 
     def answers(self, task: str) -> list[dict[str, Any]]:
         """A finished cell's predictions. RetainError: missing, of another shape, changed since they were written."""
+        return list(self.each_answer(task))
+
+    def each_answer(self, task: str) -> Iterator[dict[str, Any]]:
+        """The same, one after the other."""
         cells = self.cells() if self._cells is None else self._cells
-        return records.read_lines(
-            self.predictions(task), records.Answer, digest=cells.get(task, {}).get("answers")
-        )
+        digest = cells.get(task, {}).get("answers")
+        return records.each_line(self.predictions(task), records.Answer, digest=digest)
 
 
 @dataclass
