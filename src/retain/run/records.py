@@ -284,7 +284,7 @@ def unsealed(name: str, value: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _intact(name: str, value: Mapping[str, Any], plain: Mapping[str, Any]) -> bool:
     if SEAL in value:
         return bool(value[SEAL] == seal(name, plain))
-    last = next(reversed(plain), "")  # a seal whose own key was changed is no seal that is missing
+    last = next(reversed(list(plain)), "")  # a seal whose own key was changed is no seal that is missing
     return plain.get(last) != seal(name, {k: v for k, v in plain.items() if k != last})
 
 

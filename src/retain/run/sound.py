@@ -91,12 +91,14 @@ def wrong_kinds(method: Method, state: Mapping[str, Any]) -> str:
     for keys, part in _parts(method):
         here: Any = state
         for key in keys:
-            here = here.get(key) if isinstance(here, Mapping) else None
-        if not isinstance(here, Mapping):
+            here = here.get(key) if is_of(here, dict[str, Any]) else None
+        if not is_of(here, dict[str, Any]):
             return f"no state of {part.name!r}"
+        if set(here) != (own := {f.name for f in fields(part) if not f.init}):
+            return f"state of {part.name!r}: has {sorted(here)[:9]}, needs {sorted(own)}"
         hints = get_type_hints(type(part))
         for f in fields(part):
-            if not f.init and f.name in here and not is_of(here[f.name], hints[f.name]):
+            if not f.init and not is_of(here[f.name], hints[f.name]):
                 return f"{part.name}.{f.name} is no {f.type}"
     return ""
 
@@ -106,6 +108,8 @@ def is_of(value: Any, hint: Any) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(is_of(value, h) for h in inner)
+    if hint is Any:
+        return True
     if origin is dict:
         return isinstance(value, dict) and all(
             is_of(k, inner[0]) and is_of(v, inner[1]) for k, v in value.items()

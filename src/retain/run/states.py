@@ -140,9 +140,7 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> 
         if isinstance(value, list):
             raise _Unreadable("a bare list")
         return value
-    kind, body = next(iter(value.items()), ("nothing", None))
-    if len(value) != 1 or kind not in _KINDS or not isinstance(body, str if kind == "$path" else list):
-        raise _Unreadable(f"{sorted(value)[:3]} is no kind of value")
+    kind, body = _named(value)
     if kind in ("$tensor", "$array"):
         tensor = tensors.get(body[0]) if len(body) == 2 and isinstance(body[0], str) else None
         if tensor is None:
@@ -157,11 +155,16 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> 
             return {_unpack(k, tensors, device): _unpack(v, tensors, device) for k, v in body}
         items = [_unpack(v, tensors, device) for v in body]
         return _example(*items) if kind == "$example" else _KINDS[kind](items)
-    except (
-        TypeError,
-        ValueError,
-    ) as error:  # not two in a pair, a list as a key, not five parts of an example
+    except (TypeError, ValueError) as error:  # no pair, a list as a key, an example of other parts
         raise _Unreadable(f"{kind}: {error}") from None
+
+
+def _named(value: dict[str, Any]) -> tuple[str, Any]:
+    """What kind of value a skeleton's object stands for, and its body."""
+    kind, body = next(iter(value.items()), ("nothing", None))
+    if len(value) != 1 or kind not in _KINDS or not isinstance(body, str if kind == "$path" else list):
+        raise _Unreadable(f"{sorted(value)[:3]} is no kind of value")
+    return kind, body
 
 
 def _example(name: str, turns: Any, images: Any, references: Any, meta: Any) -> Example:

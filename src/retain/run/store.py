@@ -298,9 +298,11 @@ class Row:
         bank.mix = Mix.from_json(head["mix"])
         if method is not None:
             device = next((p.device for name in bank.names for p in bank.parameters(name).values()), "cpu")
-            method.load_state_dict(
-                told if torch.device(device).type == "cpu" else built_state(stem, skeleton, tensors, device)
-            )
+            on_cpu = torch.device(device).type == "cpu"
+            try:
+                method.load_state_dict(told if on_cpu else built_state(stem, skeleton, tensors, device))
+            except RetainError as error:
+                raise RetainError(f"{self.path / 'method.json'}: {error}") from error
 
     def checkpoints(self, device: torch.device | str = "cpu") -> CheckpointDir:
         """Where `fit` leaves its state in the middle of this row's task."""
