@@ -62,6 +62,7 @@ from retain.types import Example, RetainError, digest
 
 FORMAT = 1
 TUNED = "about-this-folder.txt"
+ABOUT_TUNED = "Tasks that were tuned once (retain run … reuse=HERE). May be deleted.\n"
 LONGEST = 200
 """Bytes of a file name that a name is left as it is; longer ones are cut, and a hash tells them apart."""
 NOT_THE_RECIPE = frozenset({"out", "reuse", "track"})
@@ -402,24 +403,41 @@ class TunedDir:
             raise RetainError(f"{error}; remove {stem}.* to tune this task again") from error
 
     def save(self, key: str, state: dict[str, Any]) -> None:
-        """Keep it, whole or not at all: the tensors first, then the file that is asked for. Runs wait in turn."""
+        """Keep it, whole or not at all: the tensors first, then the file that is asked for. Runs wait in turn.
+
+        The lock goes with its process; what a killed one left is swept by the next that has it.
+        """
         if not self.main:
             return
         stem = self.path / key
+        with self._locked():
+            if not (self.path / TUNED).is_file():
+                write_text(self.path / TUNED, ABOUT_TUNED)
+            self._sweep()
+            if not stem.with_suffix(".json").is_file():
+                save_state(stem, state)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / TUNED).is_file():
-                write_text(
-                    self.path / TUNED,
-                    "Tasks that were tuned once (retain run … reuse=HERE). May be deleted.\n",
-                )
             handle = (self.path / "lock").open("w")
         except OSError as error:
             raise RetainError(f"reuse: cannot write into {self.path}: {error.strerror}") from error
         with handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if not stem.with_suffix(".json").is_file():
-                save_state(stem, state)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:  # a file system that knows no locks
+                raise RetainError(f"reuse: cannot lock {self.path}/lock: {error.strerror}") from error
+            yield
+
+    def _sweep(self) -> None:
+        """Remove half entries: only who holds the lock writes, so no file without its JSON is being written."""
+        for file in self.path.iterdir():
+            part = file.name.startswith(".") and file.name.endswith(".part")
+            half = file.suffix == ".safetensors" and not file.with_suffix(".json").is_file()
+            if part or half:
+                file.unlink(missing_ok=True)
 
 
 def empty(bank: AdapterBank) -> None:
