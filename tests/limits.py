@@ -20,6 +20,12 @@ BROWSER = 600
 CPU = 60
 """Seconds of this process's own computing time (no neighbour counts) for what takes a tenth of a second."""
 
+CASE = 120
+"""Seconds for one case of `fuzz`, which takes 0.01 to 2 alone: what waits for a pipe that nobody writes is ended."""
+
+CASE_CPU = 30
+"""Seconds of computing for one case of `fuzz`: what grows without bound is ended."""
+
 
 def finished(
     command: list[str], limit: int, name: str, check: bool = False, **how: Any

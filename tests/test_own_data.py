@@ -140,3 +140,129 @@ def test_plan_counts_what_the_run_then_does(finished: tuple[Path, str]) -> None:
     assert plan.shape.trainable == fit["trainable_parameters"]
     assert stage.tokens * stage.samples == pytest.approx(fit["tokens"], rel=0.1)
     assert stage.train_flops == pytest.approx(fit["flops"], rel=0.1)
+
+
+# -- rows that no later file could hold ----------------------------------------------------------------------
+
+GOOD = {"id": "a", "text": "What?", "answer": "red", "meta": {"n": 1}}
+HALF = "a\\ud800b"
+UNFIT: dict[str, tuple[str, list[str]]] = {
+    "half a pair in an id": (f'{{"id": "{HALF}", "text": "x", "answer": "y"}}', ["'id'", "character 2", r"'\ud800'"]),
+    "in an option": (f'{{"text": "x", "answer": "y", "options": ["a", "{HALF}"]}}', ["'options[1]'", r"'\ud800'"]),
+    "in a turn": (
+        f'{{"conversations": [{{"from": "human", "value": "{HALF}"}}, {{"from": "gpt", "value": "y"}}]}}',
+        ["'conversations[0].value'", r"'\ud800'"],
+    ),
+    "in a field nobody reads": (f'{{"text": "x", "answer": "y", "notes": {{"by": "{HALF}"}}}}', ["'notes.by'", r"'\ud800'"]),
+    "in a key": (f'{{"text": "x", "answer": "y", "meta": {{"{HALF}": 1}}}}', ["'meta'", r"'\ud800'"]),
+    "NUL": ('{"text": "x", "answer": "y", "source": "a\\u0000"}', ["'source'", r"'\x00'"]),
+    "NaN": ('{"text": "x", "answer": "y", "meta": {"w": [1, NaN]}}', ["'meta.w[1]'", "nan"]),
+    "1e999": ('{"text": "x", "answer": "y", "tolerance": 1e999}', ["'tolerance'", "infinity"]),
+    "400 digits in a box": (f'{{"text": "x", "answer": "y", "answer_bbox": [0, 0, {"9" * 400}, 1]}}', ["'answer_bbox[2]'", "digits"]),
+    "400 digits in a box as text": (f'{{"text": "x", "answer": "y", "answer_bbox": "[0,0,{"9" * 400},1]"}}', ["'answer_bbox'"]),
+    "5000 digits": (f'{{"id": {"9" * 5000}, "text": "x", "answer": "y"}}', ["broken JSON"]),
+    "meta 900 deep": ('{"text": "x", "answer": "y", "meta": {"a": ' + "[" * 900 + "]" * 900 + "}}", ["'meta.a[0]", "too deep"]),
+    "100,000 deep": ('{"text": "x", "answer": "y", "meta": ' + "[" * 100_000 + "]" * 100_000 + "}", ["broken JSON"]),
+    "meta as text": ('{"text": "x", "answer": "y", "meta": "none"}', ["'meta'", "'none'"]),
+    "references as text": ('{"text": "x", "answer": "y", "references": "y"}', ["'references'", "list"]),
+    "an id of 1 MB": (f'{{"id": "{"x" * 10**6}", "text": "x", "answer": "y"}}', ["'id'", "1,000,000 characters"]),
+    "a million options": ('{"text": "x", "answer": "y", "options": [' + "1," * 999_999 + "1]}", ["'options'", "1,000,000"]),
+    "options of yes": ('{"text": "x", "answer": "y", "options": [true, false]}', ["'options'"]),
+    "a tolerance as text": ('{"text": "x", "answer": "1", "tolerance": "0.1"}', ["'tolerance'", "'0.1'"]),
+    "a tolerance as text inside meta": ('{"text": "x", "answer": "1", "meta": {"tolerance": "0.1"}}', ["'tolerance'"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lines", [True, False])
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_row_that_no_later_file_could_hold(name: str, lines: bool, tmp_path: Path) -> None:
+    """Found when it is read, by file, row and field, as a line and in a list."""
+    from retain.data import read
+    from retain.types import RetainError
+
+    text, words = UNFIT[name]
+    good = json.dumps(GOOD)
+    file = tmp_path / "rows.json"
+    file.write_text(f"{good}\n{text}\n" if lines else f"[{good}, {text}]")
+    with pytest.raises(RetainError) as raised:
+        read.examples(file)
+    said = str(raised.value)
+    assert "\n" not in said and len(said) < 500 and said.isprintable()
+    row = ["row 2"] if lines or "broken" not in words[0] else []
+    for word in (str(file), *row, *words):
+        assert word in said, said
+
+
+def test_what_is_fit_stays(tmp_path: Path) -> None:
+    """Characters beyond the first plane, written as pairs or plainly, nested meta and long numbers are data."""
+    from retain.data import read
+
+    row = {
+        **GOOD,
+        "text": "\U0001f600 \u4f60",
+        "id": 10**38,
+        "meta": {"a": [[[1.5, None, True]]], "b": "\x1b"},
+    }
+    for ascii_ in (True, False):
+        (tmp_path / "rows.json").write_text(json.dumps([row], ensure_ascii=ascii_), encoding="utf-8")
+        (example,) = read.examples(tmp_path / "rows.json")
+        assert example.question == row["text"] and example.id == str(10**38)
+        assert example.meta == row["meta"]
+        assert example.told == f"example {example.id!r} ({tmp_path / 'rows.json'}, row 1)"
+
+
+LONG = [
+    "a",
+    "(",
+    "1",
+    " ",
+    "'",
+    "\n",
+    "a, ",
+    "a or ",
+    ": a, ",
+    "not ",
+    "A. ",
+    "from ",
+    "a of ",
+    "*",
+    "- ",
+    "x [",
+    "\\boxed{",
+]
+
+
+@pytest.mark.parametrize("unit", [*LONG[:6], *(pytest.param(u, marks=pytest.mark.slow) for u in LONG[6:])])
+def test_long_texts_take_a_bounded_time(unit: str) -> None:
+    """A question of 350 kB for the doctor, an answer of as much for every scorer, in computing time of this process."""
+    import time
+
+    import limits
+    from retain.data.doctor import diagnose
+    from retain.metrics.scores import SCORES
+    from retain.stream import Task
+    from retain.types import Example, Message
+
+    text = (unit * 350_000)[:350_000] + "!"
+    example = Example(
+        "a",
+        (Message("user", text), Message("assistant", "red")),
+        references=("red",) * 10,
+        meta={"options": ["red", "a"]},
+    )
+    began = time.process_time()
+    diagnose([Task("t", [example], [example], SCORES["exact"], 4)])
+    for name in (
+        "exact",
+        "vqa",
+        "contains",
+        "choice",
+        "number",
+        "iou",
+        "anls",
+        "rouge_l",
+        "compat_textvqa",
+        "compat_scienceqa",
+    ):
+        SCORES[name]([text], [example])
+    assert time.process_time() - began < limits.CPU

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from retain.adapters.bank import Mix
 from retain.adapters.lora import LoraSpec
+from retain.adapters.peft_folder import PeftFolder
 from retain.adapters.peft_format import load_peft, merge_into_base, save_peft
 from retain.models.hf import HFModel
 from retain.types import RetainError
@@ -168,3 +169,87 @@ def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
         load_peft(other.adapters, "x", tmp_path)
     with pytest.raises(RetainError, match="per sample"):
         save_peft(model.adapters, Mix({"a": torch.ones(2)}), tmp_path, "tiny")
+
+
+# -- configurations and tensors that PEFT cannot mean --------------------------------------------------------------
+
+CONFIGS: dict[str, Any] = {
+    "lora_alpha": ["many", [4], None, float("nan"), 0, True, 10**40, "4"],
+    "r": ["many", [4], -1, 0, 1.5, True, 10**40],
+    "rank_pattern": [[], "x", {"(": 4}, {"a": "b"}, {"a": 0}, {"(a+)+(?=b)": 4}, {"a" * 200_000: 4}],
+    "alpha_pattern": [[1], {"a": None}, {"a": float("inf")}, {"(x|y)*\\1": 4}],
+    "target_modules": [3, {"a": 1}, [1], [""], ["x"] * 100_001, "("],
+    "exclude_modules": [3, [None]],
+    "modules_to_save": ["all", [""], [3]],
+    "layers_to_transform": ["all", [1.5], True],
+    "use_rslora": ["false", 1],
+    "use_dora": ["no"],
+    "bias": [3, ["none"]],
+    "peft_type": ["OFT", None, ["LORA"], 3],
+    "base_model_name_or_path": [3],
+}
+"""Values of a field that are refused by its name."""
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny.model("llava")
+    tiny.fill(model.adapters, "a")
+    return save_peft(model.adapters, "a", tmp_path_factory.mktemp("healthy"), "tiny")
+
+
+def opened(healthy: Path, folder: Path, config: dict[str, Any], change: Any = None) -> PeftFolder:
+    """The adapter with another config and other tensors, read whole."""
+    folder.mkdir()
+    said = json.loads((healthy / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**said, **config}))
+    tensors = load_file(healthy / "adapter_model.safetensors")
+    if change is not None:
+        change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    found = PeftFolder.open(folder)
+    for key in found.shapes:
+        found.tensor(key)
+    return found
+
+
+@pytest.mark.parametrize(("key", "i"), [(k, i) for k, v in CONFIGS.items() for i in range(len(v))])
+def test_a_config_that_peft_cannot_mean(key: str, i: int, healthy: Path, tmp_path: Path) -> None:
+    with pytest.raises(RetainError) as raised:
+        opened(healthy, tmp_path / "x", {key: CONFIGS[key][i]})
+    said = str(raised.value)
+    assert key in said and str(tmp_path / "x") in said and "\n" not in said and len(said) < 600
+
+
+def test_a_config_that_peft_can_mean(healthy: Path, tmp_path: Path) -> None:
+    more = {
+        "lora_alpha": 3.5, "alpha_pattern": {r"layers\.(0|1)\..*q_proj": 2, "^model.x": 1.0}, "exclude_modules": "vision.*",
+        "layers_to_transform": None, "a_field_of_peft_99": {"x": 1},
+    }  # fmt: skip
+    assert opened(healthy, tmp_path / "x", more).config["lora_alpha"] == 3.5
+
+
+def _instead(tensors: dict[str, Any], new: Any, rename: str = "{}") -> None:
+    key = next(k for k in sorted(tensors) if "lora_A" in k)
+    tensors[rename.format(key)] = new(tensors.pop(key))
+
+
+TENSORS: dict[str, tuple[Any, str]] = {
+    "integers": (lambda t: _instead(t, lambda x: x.int()), "I32"),
+    "bytes": (lambda t: _instead(t, lambda x: x.to(torch.uint8)), "U8"),
+    "yes and no": (lambda t: _instead(t, lambda x: x > 0), "BOOL"),
+    "NaN": (lambda t: _instead(t, lambda x: x * float("nan")), "nan"),
+    "empty": (lambda t: _instead(t, lambda x: x[:0].contiguous()), "empty"),
+    "flat": (lambda t: _instead(t, lambda x: x.flatten()), "dimensions"),
+    "a path": (lambda t: _instead(t, lambda x: x, "../../{}"), "no name of a tensor"),
+    "dots": (lambda t: _instead(t, lambda x: x, "a..{}"), "no name of a tensor"),
+    "a long name": (lambda t: _instead(t, lambda x: x, "a" * 2000 + ".{}"), "no name of a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_that_are_no_factors(name: str, healthy: Path, tmp_path: Path) -> None:
+    change, word = TENSORS[name]
+    with pytest.raises(RetainError, match=word) as raised:
+        opened(healthy, tmp_path / "x", {}, change)
+    assert "adapter_model.safetensors" in str(raised.value)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import random
+import re
+import socket
 import struct
 import time
 import warnings
@@ -533,14 +536,14 @@ def test_every_class_of_exception_becomes_one_sentence(
         with monkeypatch.context() as patched:
             patched.setattr("PIL.ImageFile.ImageFile.load", fail)
             with pytest.raises(RetainError) as raised:
-                open_image(path, "e7")
+                open_image(path, "example 'e7'")
             assert (
                 "'e7'" in str(raised.value)
                 and str(path) in str(raised.value)
                 and "\n" not in str(raised.value)
             )
             with pytest.raises(RetainError, match=r"'e7'.*9 x 6"):
-                open_image(lazily(path.read_bytes()), "e7")
+                open_image(lazily(path.read_bytes()), "example 'e7'")
             example = Example("e7", (Message("user", "What?", 1), Message("assistant", "x")), (path,))
             found = [f for f in diagnose([Task("t", [], [example], score("exact"))]) if f.field == "image"]
             assert [(f.level, f.row) for f in found] == [("error", 1)] and "a.png" in found[0].message
@@ -553,14 +556,14 @@ def test_every_class_of_exception_becomes_one_sentence(
 def test_what_is_no_picture_is_refused_at_its_header(tmp_path: Path) -> None:
     eps = file_of(Image.fromarray(ODD), "eps")  # Pillow would start Ghostscript on it
     for name, raw, said in (
-        ("a.png", eps, "EPS holds no pixels"),
+        ("a.png", eps, "not an image .corrupt, or another kind of file, such as EPS"),
         ("b.png", b"<svg/>", "not an image"),
         ("c.png", b"", "not an image"),
     ):
         (tmp_path / name).write_bytes(raw)
         with pytest.raises(RetainError, match=said):
             picture.opened(tmp_path / name, "x")
-        assert said in picture.looked_at(raw)[1]
+        assert re.search(said, picture.looked_at(raw)[1])
     with pytest.raises(RetainError, match=r"gone\.png: no such file"):
         picture.opened(tmp_path / "gone.png", "x")
     (tmp_path / "d.json").write_text(f'[{{"image": "{"x" * 300}.png", "text": "What?", "answer": "x"}}]')
@@ -708,7 +711,12 @@ def test_half_a_picture_is_named_by_doctor_and_run(parquet: bool, tmp_path: Path
     stopped = CliRunner().invoke(app, ["run", str(recipe)])
     file = "colour_train.parquet, row 3, field 'images[0]'" if parquet else "images/colour_train_2.png"
     assert stopped.exit_code == 2 and stopped.stderr.count("error:") == 1
-    for words in ("task 'colour', train, row 3: example 'colour-train-2': cannot read image", file, CUT):
+    for words in (
+        "task 'colour', train, row 3: example 'colour-train-2' (",
+        "row 3): cannot read image",
+        file,
+        CUT,
+    ):
         assert words in stopped.stderr
     assert not (tmp_path / "run").exists()
 
@@ -725,7 +733,7 @@ def test_a_broken_image_has_no_digest() -> None:
     with pytest.raises(
         RetainError, match=r"^example 'p': cannot read image \(a Pillow image, PNG, 17 x 13\)"
     ):
-        open_image(image, "p")
+        open_image(image, "example 'p'")
 
 
 def test_what_passed_a_larger_limit_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -739,3 +747,43 @@ def test_what_passed_a_larger_limit_is_opened(tmp_path: Path, monkeypatch: pytes
     assert picture.looked_at(tmp_path / "a.png", 220)[0] is None
     assert picture.looked_at(tmp_path / "a.png", 221)[0] is not None
     assert picture.opened(tmp_path / "a.png", "x").size == (17, 13)
+
+
+@pytest.mark.parametrize("how", ["pipe", "device", "folder", "socket", "loop"])
+def test_what_is_no_file_is_not_waited_for(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.png"
+    with socket.socket(socket.AF_UNIX) as end:
+        make: dict[str, Callable[[], Any]] = {
+            "pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir,
+            "socket": lambda: end.bind("a.png"), "loop": lambda: path.symlink_to(path),
+        }  # fmt: skip
+        make[how]()
+        with pytest.raises(RetainError, match=r"a\.png: (no such file|Too many levels)"):
+            picture.opened(path, "x")
+        assert picture.looked_at(path)[0] is None and picture.frames(path) == 1
+        (tmp_path / "d.json").write_text('[{"image": "a.png", "text": "What?", "answer": "x"}]')
+        with pytest.raises(RetainError, match="row 1, field 'image'"):
+            read.examples(tmp_path / "d.json")
+
+
+def test_no_format_runs_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a file is called: an EPS starts no Ghostscript, also where the user has opened it with Pillow himself."""
+    import subprocess
+
+    started: list[Any] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a))
+    monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: started.append(a))
+    raw = file_of(Image.fromarray(ODD), "eps")
+    (tmp_path / "a.png").write_bytes(raw)
+    for source in (tmp_path / "a.png", Image.open(tmp_path / "a.png")):
+        assert picture.tried(source)[0] is None
+    assert picture.looked_at(raw)[0] is None and not started
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "PCX", "ICO"])
+def test_ordinary_formats_are_taken(name: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(PHOTO).save(buffer, name)
+    image, wrong = picture.looked_at(buffer.getvalue())
+    assert wrong == "" and image is not None and picture.opened(image, "x").mode == "RGB"

@@ -550,7 +550,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "alpha absent": (broken(config=lambda c: {k: v for k, v in c.items() if k != "lora_alpha"}), r"lora_alpha is missing"),
     "alpha a word": (field(lora_alpha="16"), r"lora_alpha: '16' is no finite number"),
     "alpha infinite": (field(lora_alpha=float("inf")), r"lora_alpha: inf is no finite number"),
-    "alpha without end": (field(lora_alpha=10**400), r"lora_alpha: 10{400} is no finite number"),
+    "alpha without end": (field(lora_alpha=10**400), r"lora_alpha: 10{78}… is no finite number"),
     "r null": (field(r=None), r"r: None is no rank"),
     "r zero": (field(r=0), r"r: 0 is no rank"),
     "r that disagrees": (field(r=7), r"_proj has rank 4, but adapter_config\.json says 7"),

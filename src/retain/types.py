@@ -87,6 +87,13 @@ class Example:
     images: tuple[ImageSource, ...] = ()
     references: tuple[str, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+    source: tuple[str, int] = ("", 0)  # the file and row that it was read from, for messages alone
+
+    @property
+    def told(self) -> str:
+        """What a message calls it: its id, and the file and row that it came from."""
+        file, row = self.source
+        return f"example {self.id!r}" + (f" ({file}, row {row})" if file else "")
 
     @property
     def question(self) -> str:

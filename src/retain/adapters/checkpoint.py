@@ -8,7 +8,6 @@ Names come from the model's own class, built without memory, and from transforme
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from retain.adapters.peft_folder import aliases
-from retain.files import read_record
+from retain.adapters.peft_folder import aliases, read_object
 from retain.types import RetainError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -31,8 +29,9 @@ class Checkpoint:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config = self._config()
-        if self.config.get("quantization_config"):
-            kind = self.config["quantization_config"].get("quant_method", "quantised")
+        quantised = self.config.get("quantization_config")
+        if quantised:
+            kind = quantised.get("quant_method", "quantised") if isinstance(quantised, dict) else quantised
             raise RetainError(f"{folder}: the weights are quantised ({kind}); give the full base")
         self.shards = self._shards()
         self.files: dict[Path, Any] = {}
@@ -46,25 +45,16 @@ class Checkpoint:
                 raise RetainError(f"{shard}: {error.strerror or error}") from None
 
     def _config(self) -> dict[str, Any]:
-        try:
-            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        except OSError:
-            raise self._no_model() from None
-        except ValueError as error:
-            raise RetainError(f"{self.folder / 'config.json'}: not valid JSON ({error})") from None
-        return config if isinstance(config, dict) else {}
+        if not (self.folder / "config.json").is_file():
+            raise self._no_model()
+        return read_object(self.folder / "config.json", "model config")
 
     def _shards(self) -> list[Path]:
         """What `from_pretrained` reads: one file, or those of the index; copies under other names are left alone."""
-        if (self.folder / SINGLE).is_file():
-            return [self.folder / SINGLE]
-        if (self.folder / INDEX).is_file():
-            index = read_record(self.folder / INDEX, "weight_map")
-            return [self.folder / name for name in sorted(set(index["weight_map"].values()))]
-        shards = sorted(self.folder.glob("*.safetensors"))
-        if not shards:
+        found = shards(self.folder) or sorted(self.folder.glob("*.safetensors"))
+        if not found:
             raise self._no_model()
-        return shards
+        return found
 
     def _no_model(self) -> RetainError:
         return RetainError(
@@ -172,6 +162,27 @@ class Checkpoint:
         """Whether the module stores its weight as (in, out), as embeddings and GPT-2's layers do."""
         module = self.modules.get(path)
         return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files that `from_pretrained` reads weights from: one, or those of the index; none where there is neither.
+
+    Raises RetainError for an index that names a file outside of the folder, or one that is not there.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        return []
+    named = read_object(folder / INDEX, "index of shards").get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(n, str) for n in named.values()):
+        raise RetainError(f"{folder / INDEX}: weight_map: a mapping of tensors to files is needed")
+    names = sorted(set(named.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise RetainError(f"{folder / INDEX}: weight_map: {name!r} is no safetensors file of this folder")
+        if not (folder / name).is_file():
+            raise RetainError(f"{folder / INDEX}: weight_map names {name}, which is not there")
+    return [folder / name for name in names]
 
 
 def bare(config: Mapping[str, Any], folder: Path) -> Any:

@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from retain.adapters.bank import AdapterBank, Site, Weight
+from retain.adapters.patterns import matcher
 from retain.types import RetainError
 
 
@@ -408,8 +409,4 @@ def _chooser(targets: str | Literal["language", "all"], language: str) -> Callab
         return lambda path: path.startswith(language) and not path.endswith("lm_head")
     if targets == "all":
         return lambda path: not path.endswith("lm_head")
-    try:
-        pattern = re.compile(targets)
-    except re.error as error:
-        raise RetainError(f"adapter: targets {targets!r} is no regular expression: {error}") from None
-    return lambda path: pattern.search(path) is not None
+    return matcher(targets, "adapter: targets", whole=False)

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from retain.adapters.patterns import matcher
 from retain.types import RetainError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -166,13 +167,22 @@ class PeftFolder:
     def _said(self, key: str, path: str, default: float) -> float:
         """PEFT's rule for a module, by the name in the file or by the one that transformers 5 gives it."""
         names = dict.fromkeys(a for name in [*self.names.get(path, []), path] for a in aliases(name))
-        return pattern(self.config.get(key) or {}, list(names), default)
+        return pattern(self.config.get(key) or {}, list(names), default, f"{self.folder / CONFIG}: {key}")
 
 
-def pattern(patterns: Mapping[str, float], names: Sequence[str], default: float) -> float:
-    """PEFT's rule: the first pattern that matches the end of a path, from a dot on."""
-    found = (v for p, v in patterns.items() if any(re.match(rf"(.*\.)?({p})$", name) for name in names))
-    return next(found, default)
+def pattern(
+    patterns: Mapping[str, float], names: Sequence[str], default: float, where: str = CONFIG
+) -> float:
+    """PEFT's rule: the first pattern that matches the end of a path, from a dot on. In bounded time."""
+    for text, value in patterns.items():
+        matches = matcher(_from_a_dot(text), where)
+        if any(matches(name) for name in names):
+            return value
+    return default
+
+
+def _from_a_dot(text: str) -> str:
+    return rf"(?:.*\.)?(?:{text})$"
 
 
 # -- the config ----------------------------------------------------------------------------------------------
@@ -189,13 +199,33 @@ def _config(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_model.bin").is_file():
             hint = "; adapter_model.bin is a pickle, save it again as safetensors"
         raise RetainError(f"{folder}: no {file}; a PEFT adapter folder has {CONFIG} and {WEIGHTS}{hint}")
+    return read_object(folder / CONFIG, "adapter config")
+
+
+MOST = 64 * 2**20
+"""Bytes of a JSON file beside weights: an adapter's configuration has hundreds, an index of shards a few millions."""
+
+
+def read_object(file: Path, what: str) -> dict[str, Any]:
+    """A JSON file that a stranger wrote beside weights; whatever is no object of fields is an error that names the file."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it holds no mapping")
+        if not file.is_file():
+            raise ValueError("it is no regular file")  # a pipe or a device would be read for ever
+        if file.stat().st_size > MOST:
+            raise ValueError(f"it has {file.stat().st_size:,} bytes, at most {MOST:,} are read")
+        value = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(
+            value, ensure_ascii=False
+        ).encode()  # a lone surrogate, which no later file could hold, is found here
+    except OSError as error:
+        raise RetainError(f"{file}: {error.strerror or error}") from None
+    except RecursionError:
+        raise RetainError(f"{file}: no valid {what}: it is nested too deep") from None
     except ValueError as error:
-        raise RetainError(f"{folder / CONFIG}: no valid adapter config: {error}") from None
-    return config
+        raise RetainError(f"{file}: no valid {what}: {error}") from None
+    if not isinstance(value, dict):
+        raise RetainError(f"{file}: no valid {what}: it holds no mapping of fields")
+    return value
 
 
 def supported(config: Mapping[str, Any], folder: Path, *, but: Sequence[str] = ()) -> None:
@@ -225,70 +255,93 @@ def numbers(config: Mapping[str, Any], folder: Path) -> None:
     """Refuse numbers, patterns and lists of modules that PEFT cannot mean, by field and value."""
 
     def wrong(key: str, value: object, wanted: str) -> RetainError:
-        return RetainError(f"{folder / CONFIG}: {key}: {value!r} is no {wanted}")
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else shown[:79] + "…"
+        return RetainError(f"{folder / CONFIG}: {key}: {shown} is no {wanted}")
 
     if "lora_alpha" not in config:
         raise RetainError(f"{folder / CONFIG}: lora_alpha is missing, so the scale alpha / r is not known")
     if not _number(config["lora_alpha"]):
-        raise wrong("lora_alpha", config["lora_alpha"], "finite number")
+        raise wrong("lora_alpha", config["lora_alpha"], "finite number other than 0")
     if "r" in config and not _rank(config["r"]):
         raise wrong("r", config["r"], "rank (a whole number from 1)")
     for key, fits, wanted in (
-        ("rank_pattern", _rank, "rank (a whole number from 1)"), ("alpha_pattern", _number, "finite number"),
+        ("rank_pattern", _rank, "rank (a whole number from 1)"), ("alpha_pattern", _number, "finite number other than 0"),
     ):  # fmt: skip
-        given = config.get(key) or {}
-        if not isinstance(given, dict):
+        given = {} if config.get(key) is None else config[key]
+        if not isinstance(given, dict) or len(given) > MODULES:
             raise wrong(key, given, "mapping of module patterns to numbers")
         for p, value in given.items():
-            compiled(p, f"{folder / CONFIG}: {key}")
+            for text in (p, _from_a_dot(p)):
+                matcher(text, f"{folder / CONFIG}: {key}")
             if not fits(value):
                 raise wrong(f"{key}: {p!r}", value, wanted)
-    for key in ("modules_to_save", "target_modules", "exclude_modules"):
+    for key in ("modules_to_save", "target_modules", "exclude_modules", "layers_pattern"):
         given = config.get(key)
-        listed = isinstance(given, list) and all(isinstance(m, str) for m in given)
+        listed = (
+            isinstance(given, list) and len(given) <= MODULES and all(isinstance(m, str) and m for m in given)
+        )
         if not (given is None or listed or (isinstance(given, str) and key != "modules_to_save")):
             raise wrong(key, given, "list of module names")
-        if isinstance(given, str) and given != "all-linear":
-            compiled(given, f"{folder / CONFIG}: {key}")
+        if isinstance(given, str) and given != "all-linear" and key != "layers_pattern":
+            matcher(given, f"{folder / CONFIG}: {key}")
     layers = config.get("layers_to_transform")
-    if not all(isinstance(i, int) for i in (layers if isinstance(layers, list) else [layers or 0])):
+    if not all(type(i) is int for i in (layers if isinstance(layers, list) else [layers or 0])):
         raise wrong("layers_to_transform", layers, "layer number or list of them")
+    for key in ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"):
+        if not isinstance(config.get(key), bool | None):
+            raise wrong(key, config[key], "true or false")
+    for key in ("base_model_name_or_path", "bias"):
+        if not isinstance(config.get(key), str | None):
+            raise wrong(key, config[key], "text")
 
 
-def compiled(text: str, where: str) -> re.Pattern[str]:
-    """A regular expression; a broken one is an error that says where it stands."""
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise RetainError(f"{where}: {text!r} is no regular expression: {error}") from None
+MODULES = 100_000
+"""Modules that a list may name."""
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30  # NaN is not
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < abs(value) < 1e30  # NaN is not
 
 
 def _rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return type(value) is int and 1 <= value <= 2**24
+
+
+LONGEST_KEY = 1_000
+"""Characters of a tensor's name."""
 
 
 # -- the tensors ---------------------------------------------------------------------------------------------
 
 
-def _header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], str]:
-    """Shapes and types of a file's tensors, and the fingerprint of the base that retain noted in it."""
+def header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, str]]:
+    """Shapes and stored types (such as "BF16") of a safetensors file's tensors, and its metadata."""
     try:
         with safe_open(file, "pt") as f:
             slices = {k: f.get_slice(k) for k in f.keys()}  # noqa: SIM118
             shapes = {k: tuple(s.get_shape()) for k, s in slices.items()}
-            kinds = {k: s.get_dtype() for k, s in slices.items()}
-            base = (f.metadata() or {}).get("retain_base", "")
+            return shapes, {k: str(s.get_dtype()) for k, s in slices.items()}, dict(f.metadata() or {})
     except SafetensorError as error:
         raise RetainError(f"{file}: no whole safetensors file: {error}") from None
+    except OSError as error:
+        raise RetainError(f"{file}: {error.strerror or error}") from None
+
+
+def _header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], str]:
+    """Shapes and types of a file's tensors, and the fingerprint of the base that retain noted in it."""
+    shapes, kinds, metadata = header(file)
+    base = metadata.get("retain_base", "")
     if not shapes:
         raise RetainError(
             f"{file}: it holds no tensor; a ZeRO-3 run must gather the weights before it saves them"
         )
     for key, shape in shapes.items():
+        if len(key) > LONGEST_KEY or not all(key.split(".")):
+            shown = key if len(key) <= 80 else key[:79] + "…"
+            raise RetainError(
+                f"{file}: {shown!r} is no name of a tensor: parts with dots between them are needed"
+            )
         if 0 in shape:
             raise RetainError(
                 f"{file}: {key} is empty, its shape is {shape}; a ZeRO-3 run must gather the weights before it saves them"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Generator, Tensor
 from retain.adapters.bank import AdapterBank, Mix
 from retain.adapters.checkpoint import untied
 from retain.adapters.lora import DenseLinear, LoraLinear
+from retain.adapters.patterns import matcher
 from retain.adapters.peft_folder import CONFIG, PREFIX, WEIGHTS, PeftFolder, aliases
 from retain.files import aside, write_atomic, write_text
 from retain.types import Batch, RetainError
@@ -284,7 +284,7 @@ def _targeted(path: str, site: object, config: Mapping[str, Any]) -> bool:
 
 def _matches(path: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
-        return targets == "all-linear" or (bool(targets) and re.fullmatch(targets, path) is not None)
+        return targets == "all-linear" or (bool(targets) and matcher(targets, "target_modules")(path))
     return any(path == t or path.endswith(f".{t}") for t in targets)
 
 

@@ -63,7 +63,7 @@ class ModelReader:
     def remarks(self, example: Example) -> Iterable[str]:
         """What the processor cuts off a picture, so that the model never sees it."""
         for source in example.images:
-            width, height = self.encode.opened(source, example.id).size
+            width, height = self.encode.opened(source, example.told).size
             found = self._lost.get((width, height))
             if found is None:
                 found = self._lost[width, height] = cut_off(self.encode, width, height)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from retain.adapters.bank import AdapterBank
 from retain.adapters.kinds import attach
@@ -24,9 +23,10 @@ from retain.assemble import build_method, build_stream, model_source
 from retain.config import Recipe
 from retain.models.encode import Encoder
 from retain.models.family import Family, family_of
+from retain.models.folder import told
 from retain.models.guide import GuideSource, prototype_width
 from retain.models.hf import image_token
-from retain.models.load import eos_ids, load_processor, model_class, where
+from retain.models.load import eos_ids, load_processor, model_class, read_config, where
 from retain.report.summary import count, duration, size
 from retain.run.engine import Engine
 from retain.run.store import RunDir
@@ -120,28 +120,27 @@ def make_plan(recipe: Recipe, runs: Path = Path("runs")) -> RunPlan:
 
 def skeleton(recipe: Recipe) -> tuple[Any, Any]:
     """The model on the meta device, and its processor."""
-    name, local = where(model_source(recipe.model.name))
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=local)
-        with torch.device("meta"):
-            hf = model_class(config).from_config(config)  # type: ignore[no-untyped-call]
-        return hf, load_processor(name, local, config)
-    except (OSError, ValueError) as error:
-        raise RetainError(f"{recipe.path}: model {name!r} cannot be planned: {error}") from error
+    source = model_source(recipe.model.name)
+    name, local = where(source)
+    config = read_config(source)
+    with told(f"model {name!r}", "config.json"), torch.device("meta"):
+        hf = model_class(config).from_config(config)
+    return hf, load_processor(name, local, config)
 
 
 def encoder(hf: Any, processor: Any, recipe: Recipe) -> Encoder:
     """What turns examples into tokens, as the recipe says."""
     spec = recipe.model
-    return Encoder(
-        processor,
-        eos_ids(hf, processor.tokenizer),
-        image_token(hf.config),
-        spec.max_length or 1 << 30,
-        spec.truncate,
-        family=family_of(hf, spec.family),
-        square=spec.square,
-    )
+    with told(f"model {spec.name!r}", "what its configuration describes", ours=False):
+        return Encoder(
+            processor,
+            eos_ids(hf, processor.tokenizer),
+            image_token(hf.config),
+            spec.max_length or 1 << 30,
+            spec.truncate,
+            family=family_of(hf, spec.family),
+            square=spec.square,
+        )
 
 
 def _shape(hf: Any, recipe: Recipe) -> Shape:

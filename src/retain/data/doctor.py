@@ -205,9 +205,11 @@ OPTIONS = re.compile(
     re.IGNORECASE,
 )
 LIST = re.compile(
-    r"(?:\bfrom|\bof|:|\()\s*(?:[\w' -]+\s*[,/;|]\s*)+(?:or\s+|and\s+)?[\w' -]+|\b[\w' -]+\s+or\s+[\w' -]+",
+    r"(?:\bfrom|\bof|:|\()\s*(?:[\w' -]{1,200}\s*[,/;|]\s*)+(?:or\s+|and\s+)?[\w' -]+"
+    r"|\b[\w' -]{1,200}\s+or\s+[\w' -]+",
     re.IGNORECASE,
 )
+READ = 100_000  # characters of a question that are searched for the answer
 
 
 def _given_away(row: _Row) -> Iterator[Finding]:
@@ -217,9 +219,9 @@ def _given_away(row: _Row) -> Iterator[Finding]:
     if len(answer) < 3 or answer in {"yes", "no"}:
         return
     listed = {_plain(str(o)) for o in e.meta.get("options", ())}
-    lines = [line for line in e.question.splitlines() if not OPTIONS.match(line)]
+    lines = [line for line in e.question[:READ].splitlines() if not OPTIONS.match(line)]
     text = _plain(LIST.sub(" ", "\n".join(lines)))
-    if answer in listed or not re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text):
+    if answer in listed or not _as_words(answer, text):
         return
     if len(e.question) >= RATIONALE:
         yield finding(
@@ -229,6 +231,17 @@ def _given_away(row: _Row) -> Iterator[Finding]:
         )
     else:
         yield finding("warning", "question", f"the answer {_cut(e.answer)} occurs in the question")
+
+
+def _as_words(answer: str, text: str) -> bool:
+    """Whether the answer stands in a text with no letter or digit beside it."""
+    at = text.find(answer)
+    while at >= 0:
+        beside = text[at - 1 : at] + text[at + len(answer) : at + len(answer) + 1]
+        if not re.search(r"\w", beside):
+            return True
+        at = text.find(answer, at + 1)
+    return False
 
 
 # -- references and scorers ------------------------------------------------------------------------------

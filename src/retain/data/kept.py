@@ -27,12 +27,14 @@ RECENT = 1 << 12
 class Kept(Lazy):
     """Examples in the order in which they were added."""
 
-    def __init__(self) -> None:
-        self._answers = 0
+    def __init__(self, file: str = "") -> None:
+        self.file, self._answers = file, 0  # messages name it
         self._firsts, self._blocks = array("Q"), list[bytes]()  # the first row of every block
         self._offsets = array("L")  # of every row within its block
         self._open, self._bytes = bytearray(), 0  # the block that is being filled; all that are full
-        self._whole: dict[int, Example] = {}  # what holds more than plain data, such as pictures of a parquet file
+        self._whole: dict[
+            int, Example
+        ] = {}  # what holds more than plain data, such as pictures of a parquet file
         self._recent: OrderedDict[int, Example] = OrderedDict()
         self._last = (-1, b"")  # the block that was asked for last
 
@@ -88,7 +90,12 @@ class Kept(Lazy):
         block = memoryview(self._block(k))
         ident, turns, images, references, meta = marshal.loads(block[self._offsets[i] :])
         return Example(
-            ident, tuple([Message(*turn) for turn in turns]), tuple(map(Path, images)), references, meta
+            ident,
+            tuple([Message(*turn) for turn in turns]),
+            tuple(map(Path, images)),
+            references,
+            meta,
+            (self.file, i + 1),
         )
 
     def _block(self, k: int) -> bytes:

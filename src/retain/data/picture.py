@@ -21,6 +21,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,16 @@ RANGES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
 STRETCHED = {"PPM", "JPEG2000"}
 """Formats whose decoder brings every depth beyond 8 bits to 16: their range is known, however dark they are."""
 
-PROGRAMS = {"EPS", "WMF", "MPEG"}
-"""What Pillow recognises, and could show only by running another program, if at all."""
+FORMATS = (
+    "PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF", "ICO", "PCX", "QOI", "PSD", "SGI",
+    "TGA",
+)  # fmt: skip
+"""Formats that are opened: pixels and nothing else. Pillow knows more, and some of them run another program (EPS starts
+Ghostscript) or are read only by a program's stub (WMF, GRIB, HDF5, MPEG), whatever a file is called.
+"""
+
+OTHERS = {"MPO", None}
+"""What Pillow calls a JPEG of several pictures, and one that was made in memory."""
 
 WIDE = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
 """Pillow's modes of more than 8 bits, all of one channel."""
@@ -97,17 +106,29 @@ def _rgb(source: ImageSource) -> PILImage.Image:
         return shown.copy() if shown is source else shown
     if not isinstance(source, Path):
         raise RetainError(f"a path, an array or a Pillow image is needed, not {type(source).__name__}")
-    if not source.is_file():  # a pipe or a device would be waited for
-        raise RetainError("no such file")
-    with PILImage.open(source) as image:
+    with _open(source) as image:
         return _shown(image)
+
+
+def _open(source: Path | bytes) -> PILImage.Image:
+    """A file's image, not decoded, where it is of a format that is taken."""
+    if isinstance(source, Path) and not source.is_file():  # a pipe or a device would be waited for
+        raise RetainError("no such file")
+    return PILImage.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_taken())
+
+
+@cache
+def _taken() -> list[str]:
+    """The formats of `FORMATS` that this Pillow was built with."""
+    PILImage.init()
+    return [f for f in FORMATS if f in PILImage.OPEN]
 
 
 def looked_at(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[PILImage.Image | None, str]:
     """The image of a file's path or bytes, opened but not decoded, and "", or nothing and what its header shows wrong."""
     try:
         with _quiet():  # our own limit says it better
-            image = PILImage.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            image = _open(source)
     except Exception as error:
         return None, _why(error)
     wrong = _refused(image) or _too_large(*image.size, max_pixels)
@@ -128,7 +149,13 @@ def ends(path: Path) -> bool:
             tail = file.read(TAIL)
     except OSError:
         return False
-    return (b"IEND" in tail) if head[1:4] == b"PNG" else (b"\xff\xd9" in tail) if head[:2] == b"\xff\xd8" else True
+    return (
+        (b"IEND" in tail)
+        if head[1:4] == b"PNG"
+        else (b"\xff\xd9" in tail)
+        if head[:2] == b"\xff\xd8"
+        else True
+    )
 
 
 def frames(source: ImageSource) -> int:
@@ -139,7 +166,7 @@ def frames(source: ImageSource) -> int:
         with _quiet():
             if isinstance(source, PILImage.Image):
                 return _frames(source)
-            with PILImage.open(source) as image:
+            with _open(source) as image:
                 return _frames(image)
     except Exception:  # the first frame was shown; a broken one behind it is not looked at
         return 1
@@ -176,7 +203,7 @@ def _why(error: Exception) -> str:
     if isinstance(error, RetainError):
         return said
     if isinstance(error, UnidentifiedImageError):
-        return "not an image that Pillow can read (corrupt, or another kind of file)"
+        return f"not an image (corrupt, or another kind of file, such as EPS, PDF or SVG); taken are {', '.join(_taken())}"
     if isinstance(error, PILImage.DecompressionBombError):
         return f"too large: {said}"
     if isinstance(error, MemoryError):
@@ -203,7 +230,9 @@ def _too_large(width: int, height: int, most: int) -> str:
 
 
 def _refused(image: PILImage.Image) -> str:
-    return f"{image.format} holds no pixels; save it as PNG" if image.format in PROGRAMS else ""
+    if image.format in FORMATS or image.format in OTHERS:
+        return ""
+    return f"{image.format} is no format that is taken; save it as PNG"
 
 
 def _shown(image: PILImage.Image) -> PILImage.Image:

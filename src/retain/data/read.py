@@ -23,6 +23,9 @@ from retain.types import Example, ImageSource, Message, RetainError, Role
 
 MAX_LINE = 32 * 2**20
 MAX_TEXT = 1_000_000
+MAX_ID, MAX_OPTIONS, MAX_REFERENCES = 1_000, 10_000, 10_000
+DEEP = 32
+LARGE = 10**100
 IMAGE = "<image>"
 Row = Mapping[str, Any]
 
@@ -50,7 +53,7 @@ def examples(path: Path, image_root: Path | None = None, *, max_pixels: int = MA
     if not root.is_dir():
         raise RetainError(f"{path}: the image root {str(root)!r} is no folder")
     file = _File(path, root.absolute(), max_pixels)
-    kept = Kept()
+    kept = Kept(str(path))
     for number, row in rows(path):
         kept.add(_example(row, number, file))
     return kept
@@ -105,7 +108,7 @@ def _items(path: Path) -> Iterator[Any]:
             return
         except (ValueError, RecursionError):  # broken JSON, or bytes that are no text
             pass
-    yield from _json(_text(path), f"{path}")[count:]
+    yield from _json(_text(path), f"{path}, row {count + 1}")[count:]
 
 
 @dataclass
@@ -184,42 +187,75 @@ def _json(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise RetainError(f"{where}: broken JSON at {place}: {error.msg}") from None
-    except (RecursionError, ValueError) as error:
-        raise RetainError(f"{where}: broken JSON: {error}") from None
+    except RecursionError:
+        raise RetainError(f"{where}: broken JSON: lists and objects are nested too deep") from None
+    except ValueError:  # Python's own bound: the text of longer ones takes a time that grows with its square
+        raise RetainError(f"{where}: broken JSON: a number of more than four thousand digits") from None
 
 
 def _row(item: Any, path: Path, number: int) -> Row:
     if not isinstance(item, dict):
         raise RetainError(f"{path}, row {number}: an object of fields is needed, not {_show(item)}")
-    if not _finite(item):
-        at = next(_not_finite(item))
-        raise RetainError(f"{path}, row {number}, field '{at}': nan or infinity is no value; leave it out")
+    if not _fit(item):
+        raise RetainError(f"{path}, row {number}, {_unfit(item)}")
     return item
 
 
-def _finite(value: Any) -> bool:
-    """Whether no number in a value is a nan or an infinity."""
+def _fit(value: Any, deeper: int = 0) -> bool:
+    """Whether nothing in a value is unfit (`_unfit` says what); every row passes here."""
     if isinstance(value, str):
-        return True
-    if isinstance(value, dict):
-        return all(map(_finite, value.values()))
+        return (value.isascii() and "\0" not in value) or not _BROKEN.search(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return -LARGE < value < LARGE
+    if isinstance(value, Mapping):
+        return deeper <= DEEP and all(_fit(str(k)) and _fit(v, deeper + 1) for k, v in value.items())
     if isinstance(value, list | tuple):
-        return all(map(_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+        return deeper <= DEEP and all(_fit(v, deeper + 1) for v in value)
+    return True
 
 
-def _not_finite(value: Any, at: str = "") -> Iterator[str]:
-    """Where a nan or an infinity stands in a row. Python's JSON reader takes NaN, which pandas writes for an empty cell,
-    and 1e999.
+def _unfit(row: Any) -> str:
+    """Where in a row something stands that no later file could hold, and what; "" for nothing.
+
+    Python's JSON reader takes NaN, which pandas writes for an empty cell, 1e999, half of a surrogate pair, numbers of
+    thousands of digits and lists in lists in lists; digests, tokenizers and saved states do not.
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        yield at
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _not_finite(item, f"{at}.{key}" if at else str(key))
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from _not_finite(item, f"{at}[{i}]")
+    left: list[tuple[Any, tuple[Any, ...]]] = [(row, ())]
+    while left:
+        value, at = left.pop()
+        if isinstance(value, str):
+            wrong = _no_text(value)
+        elif isinstance(value, bool | bytes):
+            continue
+        elif isinstance(value, float):
+            wrong = "" if math.isfinite(value) else "nan or infinity is no value; leave it out"
+        elif isinstance(value, int):
+            wrong = "" if abs(value) < LARGE else "a number of more than a hundred digits"
+        elif isinstance(value, Mapping | list | tuple):
+            wrong = "lists and objects are nested too deep" if len(at) > DEEP else ""
+            keyed = isinstance(value, Mapping)
+            left += [(v, (*at, k)) for k, v in (value.items() if keyed else enumerate(value))]
+            wrong = wrong or (next((w for k in value if (w := _no_text(str(k)))), "") if keyed else "")
+        else:
+            continue
+        if wrong:
+            path = "".join(f"[{k}]" if isinstance(k, int) else f".{_printable(k)}" for k in at)
+            return f"field '{path.lstrip('.')}': {wrong}"
+    return ""
+
+
+_BROKEN = re.compile("[\ud800-\udfff\0]")
+
+
+def _no_text(value: str) -> str:
+    broken = None if value.isascii() and "\0" not in value else _BROKEN.search(value)
+    return f"character {broken.start() + 1} is {broken[0]!r}, which is no text" if broken else ""
+
+
+def _printable(key: object) -> str:
+    return str(key).encode("ascii", "backslashreplace").decode()[:60]
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
@@ -263,7 +299,12 @@ def _example(row: Row, number: int, file: _File) -> Example:
     ident = row.get("id", row.get("question_id", number))
     if isinstance(ident, bool) or not isinstance(ident, str | int) or ident == "":
         raise RetainError(f"{where}, field 'id': text or a whole number is needed, not {_show(ident)}")
-    return Example(str(ident), tuple(messages), images, _references(row, where), _meta(row, where))
+    if len(str(ident)) > MAX_ID:
+        raise RetainError(
+            f"{where}, field 'id': {len(str(ident)):,} characters; at most {MAX_ID:,} are taken"
+        )
+    source = (str(file.path), number)
+    return Example(str(ident), tuple(messages), images, _references(row, where), _meta(row, where), source)
 
 
 def _conversations(row: Row, where: str) -> list[Message]:
@@ -320,6 +361,12 @@ def _references(row: Row, where: str) -> tuple[str, ...]:
     """All acceptable answers where a row lists them: `references`, `answers`, or `answer` as a list."""
     for key in ("references", "answers", "answer"):
         value = row.get(key)
+        if key != "answer" and value is not None and not isinstance(value, list):
+            raise RetainError(f"{where}, field '{key}': a list of texts is needed, not {_show(value)}")
+        if isinstance(value, list) and len(value) > MAX_REFERENCES:
+            raise RetainError(
+                f"{where}, field '{key}': {len(value):,} texts; at most {MAX_REFERENCES:,} are taken"
+            )
         if isinstance(value, list) and value:
             return tuple(_answer(v, f"{where}, field '{key}[{i}]'") for i, v in enumerate(value))
     return ()
@@ -385,14 +432,21 @@ def _placed(messages: list[Message], n_images: int, where: str) -> list[Message]
 
 def _meta(row: Row, where: str) -> dict[str, Any]:
     """What a scorer needs besides: options, box, image size, tolerance, source; CoIN's names translated."""
-    meta: dict[str, Any] = dict(row["meta"]) if isinstance(row.get("meta"), dict) else {}
+    if not isinstance(row.get("meta"), dict | None):
+        raise RetainError(f"{where}, field 'meta': an object is needed, not {_show(row['meta'])}")
+    meta: dict[str, Any] = dict(row.get("meta") or {})
     row = {**meta, **row}
     options = row.get("options", row.get("choices"))
     if options is not None:
         if isinstance(options, dict):
             options = list(options.values())
-        if not isinstance(options, list) or not all(isinstance(o, str | int | float) for o in options):
+        fits = isinstance(options, list) and not any(isinstance(o, bool) for o in options)
+        if not fits or not all(isinstance(o, str | int | float) for o in options):
             raise RetainError(f"{where}, field 'options': a list of texts is needed, not {_show(options)}")
+        if len(options) > MAX_OPTIONS:
+            raise RetainError(
+                f"{where}, field 'options': {len(options):,}; at most {MAX_OPTIONS:,} are taken"
+            )
         meta["options"] = [str(o) for o in options]
     box = row.get("answer_bbox", row.get("box", row.get("bbox")))
     if box is not None:
@@ -414,7 +468,7 @@ def _width(value: Any, at: str) -> float:
 def _numbers(value: Any, count: int, at: str) -> list[float]:
     """A list of numbers, or its text: CoIN stores boxes as "[x1,y1,x2,y2]"."""
     found = _json(value, at) if isinstance(value, str) else value
-    fits = isinstance(found, list) and len(found) == count and not any(_not_finite(found))
+    fits = isinstance(found, list) and len(found) == count and _fit(found)
     if not fits or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in found):
         raise RetainError(f"{at}: {count} numbers are needed, not {_show(value)}")
     return [float(v) for v in found]
@@ -438,14 +492,13 @@ def _str(value: Any, at: str) -> str:
         raise RetainError(f"{at}: text is needed, not {_show(value)}")
     if len(value) > MAX_TEXT:
         raise RetainError(f"{at}: {len(value):,} characters; at most {MAX_TEXT:,} are taken")
-    broken = re.search("[\ud800-\udfff\0]", value)
-    if broken:
-        raise RetainError(f"{at}: character {broken.start() + 1} is {broken[0]!r}, which is no text")
+    if wrong := _no_text(value):
+        raise RetainError(f"{at}: {wrong}")
     return value
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    text = repr(value) if not isinstance(value, str) else repr(value[:80])
     return text if len(text) <= 60 else text[:57] + "…"
 
 

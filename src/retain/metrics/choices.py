@@ -25,6 +25,7 @@ from retain.metrics.text import REMEMBERED, normal, places
 
 _ALONE = re.compile(r"[(\[]?([a-z])[)\]]?[.:,]?", re.IGNORECASE)
 _LED = re.compile(r"(?:[(\[]([a-z])[)\]]|([a-z])[.:)])\s*(\S.*)", re.IGNORECASE | re.DOTALL)
+_BLANKS = "".join(c for c in map(chr, range(0x3001)) if re.match(r"\s", c))
 _WORD = f"[^\\W{UNSPACED}]"
 _LETTER = re.compile(
     rf"(?<!{_WORD})(?<!{_WORD}['\u2019.+-])(?<![_+\u00b0\\])[A-Za-z](?!{_WORD}|['\u2019.-]{_WORD}|[_+#\u00b0^])"
@@ -88,7 +89,7 @@ def _plain(text: str) -> str:
     text = re.sub(r"\\boxed\s*\{\s*(?:\\(?:text|mathrm|textbf|mathbf)\s*\{)?([^{}]*)\}+", r" . \1 . ", text)
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"</?[A-Za-z_]+>|\\[()\[\]]|[*`$#]+|(?<!\w)_+|_+(?!\w)", " ", text)
-    text = re.sub(r"^[\s\"'\u201c.]+|[\s\"'\u201d]+$", "", text)
+    text = text.lstrip(f"{_BLANKS}\"'\u201c.").rstrip(f"{_BLANKS}\"'\u201d")
     return re.sub(r"[ \t]+", " ", re.sub(r"^ | $", "", text, flags=re.MULTILINE)).strip()
 
 

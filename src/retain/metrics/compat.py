@@ -67,7 +67,7 @@ def textvqa(text: str, example: Example) -> float:
     """
     if len(example.targets) != 10:
         raise RetainError(
-            f"score 'compat_textvqa': example {example.id!r} has {len(example.targets)} references; "
+            f"score 'compat_textvqa': {example.told} has {len(example.targets)} references; "
             "the released scorer needs exactly 10 ('vqa' takes any number)"
         )
     answer, refs = evalai(text), [evalai(t) for t in example.targets]

@@ -6,7 +6,7 @@ Strict scorers never give a point to an empty answer; compat scorers replicate r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from retain.stream import Doubt
 from retain.types import Example, RetainError
@@ -24,6 +24,14 @@ Doubts = Callable[[Sequence[Example]], Iterable[Doubt]]
 def no_doubts(examples: Sequence[Example]) -> Iterable[Doubt]:
     """Nothing to say."""
     return ()
+
+
+READ = 50_000
+"""Characters that are read of an answer and of a reference, so that scoring them takes a bounded time."""
+
+
+def _shorter(example: Example) -> Example:
+    return replace(example, references=tuple(t[:READ] for t in example.targets))
 
 
 @dataclass(eq=False)  # not frozen: the Score protocol declares writable attributes
@@ -49,7 +57,8 @@ class Scorer:
                 f"score {self.name!r}: {len(predictions)} predictions for {len(examples)} examples; "
                 "give one prediction per example, in order ('' where the model gave none)"
             )
-        texts = [p or "" for p in predictions]
+        texts = [(p or "")[:READ] for p in predictions]
+        examples = [_shorter(e) if any(len(t) > READ for t in e.targets) else e for e in examples]
         values = self.batch(texts, examples)
         if self.strict:
             return [v if t.strip() else 0.0 for v, t in zip(values, texts, strict=True)]

@@ -151,7 +151,7 @@ def _options(example: Example) -> tuple[str, ...]:
     """Normalised option texts."""
     given = example.meta.get("options", ())
     if isinstance(given, str) or not isinstance(given, Sequence):
-        raise RetainError(f"example {example.id!r}: options: a list of texts is needed, not {given!r}")
+        raise RetainError(f"{example.told}: options: a list of texts is needed, not {given!r}")
     return option_texts(tuple(map(str, given)))
 
 
@@ -209,7 +209,7 @@ def _tolerance(example: Example, key: str) -> float:
     except (TypeError, ValueError):
         width = math.nan
     if not 0 <= width < math.inf:
-        raise RetainError(f"example {example.id!r}: {key}: a number of 0 or more is needed, not {value!r}")
+        raise RetainError(f"{example.told}: {key}: a number of 0 or more is needed, not {value!r}")
     return width
 
 

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ from transformers.utils.chat_template_utils import _get_control_token_patterns, 
 from retain.data.picture import opened
 from retain.models.cache import ByteLRU
 from retain.models.family import Family
+from retain.models.template import looked_at
 from retain.types import Example, ImageSource, Message, RetainError
 
 Square = Literal["crop", "pad"]
@@ -62,9 +64,9 @@ class Encoded:
         return len(self.prompt) + len(self.answer)
 
 
-def open_image(source: ImageSource, example_id: str) -> PILImage.Image:
+def open_image(source: ImageSource, told: str) -> PILImage.Image:
     """RGB pixels of an image, as `data.picture` shows it. Raises RetainError naming the example."""
-    return opened(source, f"example {example_id!r}")
+    return opened(source, told)
 
 
 class Encoder:
@@ -94,6 +96,9 @@ class Encoder:
         self.family = family or Family("?", "", "", ())
         self.told = own_template(processor)
         self.template: str = self.told or self.family.template
+        small = (Message("user", "What?"), Message("assistant", "Yes"))
+        for turns, generate in ((small[:1], True), (small, False)):
+            looked_at(self.template, partial(self._templated, self.content(turns), generate))
         self.image_token = placeholder(processor, image_token_id)
         self.pixels: ByteLRU[Mapping[str, Tensor]] = ByteLRU(budget)
         self._control, _ = _get_control_token_patterns(self.tokenizer._get_control_tokens(self.template))
@@ -113,18 +118,18 @@ class Encoder:
             found = self._seen[example] = self._encode(example)
         return found
 
-    def image(self, ref: ImageRef, example_id: str) -> Mapping[str, Tensor]:
+    def image(self, ref: ImageRef, told: str) -> Mapping[str, Tensor]:
         """The processor's tensors for one image, led by an axis of one image (or of its flat patches)."""
         found = self.pixels.get(ref.key)
         if found is None:
-            found = self._process(self.opened(ref.source, example_id), example_id, ref.key)
+            found = self._process(self.opened(ref.source, told), told, ref.key)
             self.pixels.put(ref.key, found)
         unused = {*COUNTS, *getattr(self.processor, "unused_input_names", ())}
         return {k: v for k, v in found.items() if k not in unused}
 
-    def opened(self, source: ImageSource, example_id: str) -> PILImage.Image:
+    def opened(self, source: ImageSource, told: str) -> PILImage.Image:
         """The picture as the processor is given it."""
-        image = open_image(source, example_id)
+        image = open_image(source, told)
         return padded(image, self._background()) if self.square == "pad" else image
 
     def pixels_of(self, picture: ImageSource) -> Tensor:
@@ -234,7 +239,7 @@ class Encoder:
         shown = _count(text, self.image_token) if self.image_token else 0
         if shown != len(example.images):
             raise RetainError(
-                f"example {example.id!r}: {len(example.images)} images, but the text that the model sees has "
+                f"{example.told}: {len(example.images)} images, but the text that the model sees has "
                 f"{shown} {self.image_token!r}"
             )
         referred = self._referred(example)
@@ -243,13 +248,13 @@ class Encoder:
             expanded = self._expanded(text, tokens)
         except ValueError as error:
             raise RetainError(
-                f"example {example.id!r}: {type(self.processor).__name__} refuses it: {error}"
+                f"{example.told}: {type(self.processor).__name__} refuses it: {error}"
             ) from None
         prompt = self.ids(expanded)
         found = prompt.count(self.image_token_id) if refs else 0
         if found != sum(r.n_tokens for r in refs):
             raise RetainError(
-                f"example {example.id!r}: {found} image tokens for {sum(r.n_tokens for r in refs)} features"
+                f"{example.told}: {found} image tokens for {sum(r.n_tokens for r in refs)} features"
             )
         answer: tuple[int, ...] = ()
         if example.messages and example.messages[-1].role == "assistant":
@@ -264,13 +269,13 @@ class Encoder:
         try:
             text = self.render(messages, generate)
         except (TemplateError, TypeError) as error:
-            raise RetainError(f"example {example.id!r}: the chat template refuses it: {error}") from None
+            raise RetainError(f"{example.told}: the chat template refuses it: {error}") from None
         for m in messages:
             said = [self._marked(t) for t in m.parts() if t and m.role != "assistant"]
             lost = next((t for t in said if not _within(t, text)), "")
             if lost:
                 raise RetainError(
-                    f"example {example.id!r}: the chat template drops the {m.role} turn {lost[:40]!r}; "
+                    f"{example.told}: the chat template drops the {m.role} turn {lost[:40]!r}; "
                     "move it into another turn, or use a model whose template has that role"
                 )
         return text
@@ -349,14 +354,14 @@ class Encoder:
             return replace(encoded, answer=encoded.answer[:room])
         kept = f" ({self.kept} more are kept for soft prompts)" if self.kept else ""
         raise RetainError(
-            f"example {example.id!r}: {len(encoded.prompt)} tokens of prompt (of which "
+            f"{example.told}: {len(encoded.prompt)} tokens of prompt (of which "
             f"{sum(r.n_tokens for r in encoded.images)} of images) and {len(encoded.answer)} of answer "
             f"exceed max_length {self.max_length}{kept}; shorten it, raise max_length, or set truncate"
         )
 
     # -- images ----------------------------------------------------------------------------------------------
 
-    def _process(self, image: PILImage.Image, example_id: str, key: str) -> Mapping[str, Tensor]:
+    def _process(self, image: PILImage.Image, told: str, key: str) -> Mapping[str, Tensor]:
         """The processor's tensors of one picture; `key` says whether it stands in a row with others."""
         shown = [[image, image]] if key.endswith(SEVERAL) else [image]
         try:
@@ -364,9 +369,17 @@ class Encoder:
                 kwargs = self.processor._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs)
                 self._how = kwargs["images_kwargs"]
             out, _ = self.processor._process_images(shown, **self._how)
-        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, OSError) as error:
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+            ArithmeticError,
+            LookupError,
+            OSError,
+            MemoryError,
+        ) as error:
             raise RetainError(
-                f"example {example_id!r}: {type(self.processor).__name__} refuses a picture of "
+                f"{told}: {type(self.processor).__name__} refuses a picture of "
                 f"{image.width} x {image.height}: {error}"
             ) from error
         made = {k: torch.as_tensor(np.asarray(v)) for k, v in out.items()}
@@ -375,19 +388,19 @@ class Encoder:
     def _referred(self, example: Example) -> list[tuple[ImageRef, str]]:
         if example.images and not hasattr(self.processor, "image_processor"):
             raise RetainError(
-                f"example {example.id!r}: the model takes text only, and it has {len(example.images)} images"
+                f"{example.told}: the model takes text only, and it has {len(example.images)} images"
             )
         several = len(example.images) > 1 and self.family.together
-        return [self.reference(source, example.id, several) for source in example.images]
+        return [self.reference(source, example.told, several) for source in example.images]
 
-    def reference(self, source: ImageSource, example_id: str, several: bool) -> tuple[ImageRef, str]:
+    def reference(self, source: ImageSource, told: str, several: bool) -> tuple[ImageRef, str]:
         """An image, and the words that stand for it; `several`: it is shown beside others, where that matters."""
-        image = self.opened(source, example_id)
+        image = self.opened(source, told)
         key = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:24]
         key += SEVERAL if several else ""
         found = self.pixels.get(key)
         if found is None:
-            found = self._process(image, example_id, key)
+            found = self._process(image, told, key)
             self.pixels.put(key, found)
         told = {k: v.tolist() if k in COUNTS else v.numpy() for k, v in found.items()}
         tokens: str = self.processor.replace_image_token(told, 0)
@@ -413,9 +426,9 @@ SEVERAL = "+"
 MARK, UNMARK = "\U000f0000", "\U000f0001"
 """What `mark_control_tokens` puts around a special token that is text."""
 
-MARKED = re.compile(f"{MARK}.*?{UNMARK}")
+MARKED = re.compile(f"{MARK}[^{MARK}{UNMARK}]*{UNMARK}")
 
-DATE = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+DATE = re.compile(r"""\bstrftime_now\(\s*(["'])(.{0,99}?)\1\s*\)""")
 SAME_DAY = datetime(2025, 1, 1)
 """What a template that writes the date is told: a run that goes on past midnight is the same run."""
 
@@ -435,12 +448,10 @@ def _placed(example: Example) -> tuple[Message, ...]:
     if said == len(example.images):
         return example.messages
     if said:
-        raise RetainError(
-            f"example {example.id!r}: {len(example.images)} images, but its messages show {said}"
-        )
+        raise RetainError(f"{example.told}: {len(example.images)} images, but its messages show {said}")
     first = next((i for i, m in enumerate(example.messages) if m.role == "user"), None)
     if first is None:
-        raise RetainError(f"example {example.id!r}: images without a user message to show them in")
+        raise RetainError(f"{example.told}: images without a user message to show them in")
     m = example.messages[first]
     shown = Message(m.role, m.text, len(example.images))
     return (*example.messages[:first], shown, *example.messages[first + 1 :])

@@ -43,7 +43,9 @@ class Sieve:
     def __init__(self, encode: Encoder) -> None:
         self.encode = encode
         self.marks = _marks(encode)
-        self.words: dict[Any, list[int]] = {}  # of a shape: bytes of the template's own words, of those encoded
+        self.words: dict[
+            Any, list[int]
+        ] = {}  # of a shape: bytes of the template's own words, of those encoded
         self.pictures: dict[int, int] = {}  # hash of a path -> at most that many tokens; -1: encode the row
         self.sizes: dict[tuple[tuple[int, int], bool], int] = {}
         self.decoded = self.pixels = 0
@@ -147,7 +149,9 @@ class Sieve:
         if within:
             self.decoded, self.pixels = self.decoded + 1, self.pixels + width * height
             return self._tokens((width, height), several)
-        both = [self._tokens(size, several) for size in {(width, height), (height, width)}]  # EXIF may turn it
+        both = [
+            self._tokens(size, several) for size in {(width, height), (height, width)}
+        ]  # EXIF may turn it
         return -1 if min(both) < 0 else max(both)
 
     def _tokens(self, size: tuple[int, int], several: bool) -> int:
@@ -174,7 +178,9 @@ class Sieve:
             known = [k for k, n in self.sizes.items() if n >= 0 and not k[1]][:8]
             sizes = [s for s, _ in known] + [size]
             n = list(tell(image_sizes=[[h, w] for w, h in sizes]).num_image_tokens)
-        except Exception:  # whatever a processor's private helper raises: a blank picture is processed instead
+        except (
+            Exception
+        ):  # whatever a processor's private helper raises: a blank picture is processed instead
             return -1
         most = [k + k // 8 + 64 for k in n]
         fits = all(self.sizes[k] <= m for k, m in zip(known, most, strict=False))

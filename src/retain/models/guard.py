@@ -337,9 +337,15 @@ def _store(model: Probed) -> Path:
     told = [
         model.fingerprint(), str(model.hf.dtype), model.precision, model.family.name, model.device.type,
         type(model.hf).__name__, _of_processor(model), _version("retain"), _version("transformers"), _sources(),
-        sorted(model.adapters.sites),
+        sorted(model.adapters.sites), _config(model.hf.config),
     ]  # fmt: skip
     return cache_folder() / "guard" / f"{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]}.json"
+
+
+def _config(config: Any) -> str:
+    """What the arithmetic takes from config.json besides shapes: rotations, scales, masks, which token is an image."""
+    told = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _of_processor(model: Probed) -> str:

@@ -20,12 +20,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig
 
 from retain.models.cache import ByteLRU
 from retain.models.encode import Encoder, open_image
 from retain.models.family import Family
-from retain.models.load import where
+from retain.models.folder import fits, told
+from retain.models.load import read_config, weights_of, where
 from retain.types import Batch, Example, Guide, RetainError
 
 GuideSource = str | Path | None
@@ -83,7 +83,9 @@ class Guider:
             if found is None:
                 clip = self._loaded()
                 found = unit(
-                    clip.image(open_image(ref.source, example.id)) if clip else self._pooled(example, ref.key)
+                    clip.image(open_image(ref.source, example.told))
+                    if clip
+                    else self._pooled(example, ref.key)
                 )
                 self._kept.put(key, found)
             each.append(found)
@@ -142,19 +144,20 @@ class _Clip:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         auto: Any = AutoImageProcessor
-        clip: Any = CLIPModel
-
-        name, local = where(source)
-        try:
-            self.model = (
-                clip.from_pretrained(name, local_files_only=local).to(device).eval().requires_grad_(False)
-            )
-            self.tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-            self.processor = auto.from_pretrained(name, local_files_only=local, backend="pil")
-        except (OSError, ValueError) as error:
-            raise RetainError(
-                f"guide {name!r} is no CLIP model with tokenizer and image processor: {error}"
-            ) from error
+        name, local = where(source, "guide")
+        who = f"guide {str(source)!r}"
+        config = read_config(source, "guide")
+        if config.model_type != "clip":
+            raise RetainError(f"{who}: config.json: model_type {config.model_type!r} is no CLIP model")
+        if local:
+            with told(who, "config.json"):
+                fits(lambda: CLIPModel(config), Path(name), who)
+        model = weights_of(CLIPModel, name, who, local, config=config)
+        self.model = model.to(device).eval().requires_grad_(False)
+        how: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+        with told(who, "its tokenizer or image processor"):
+            self.tokenizer = AutoTokenizer.from_pretrained(name, **how)
+            self.processor = auto.from_pretrained(name, backend="pil", **how)
         self.device = device
         self.width = int(self.model.config.projection_dim)
         self.max_tokens = int(self.model.config.text_config.max_position_embeddings)
@@ -191,11 +194,8 @@ def prototype_width(hf: Any, source: GuideSource) -> int:
     """
     if source is None:
         return _tower_width(hf) + int(hf.get_input_embeddings().weight.shape[1])
-    name, local = where(source)
-    try:
-        return int(AutoConfig.from_pretrained(name, local_files_only=local).projection_dim)
-    except (OSError, ValueError, AttributeError) as error:
-        raise RetainError(f"guide {name!r} is no CLIP model: {error}") from error
+    with told(f"guide {str(source)!r}", "config.json"):
+        return int(read_config(source, "guide").projection_dim)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from retain.models.cache import ByteLRU
 from retain.models.encode import Encoder, ImageRef, Square
 from retain.models.family import Family, family_of
 from retain.models.fits import Sieve
+from retain.models.folder import told
 from retain.models.generate import greedy, next_logits
 from retain.models.guard import check
 from retain.models.guide import Guider, GuideSource, prototype_width
@@ -150,9 +151,10 @@ class HFModel:
         hf_model, processor = load_pretrained(name_or_dir, dtype, device)
         beside = Path(name_or_dir) / "guide"
         source = guide if guide is not None else (beside if beside.is_dir() else None)
-        model = cls(hf_model, processor, spec, name=str(name_or_dir), guide=source, **kwargs)
-        if guard:
-            check(model)
+        with told(f"model {str(name_or_dir)!r}", "what its configuration describes", ours=False):
+            model = cls(hf_model, processor, spec, name=str(name_or_dir), guide=source, **kwargs)
+            if guard:
+                check(model)
         return model
 
     def _limits(self, max_length: int | None) -> tuple[int, int]:
@@ -199,7 +201,7 @@ class HFModel:
             if answers:
                 if turns == "all" and e.unfound:
                     raise RetainError(
-                        f"example {examples[i].id!r}: the chat template does not write {e.unfound} as it is, so it cannot "
+                        f"{examples[i].told}: the chat template does not write {e.unfound} as it is, so it cannot "
                         "be learned; set optim.turns to last, or give one turn to a row"
                     )
                 spans = [(len(e.prompt), len(row)), *(e.earlier if turns == "all" else ())]
@@ -222,14 +224,14 @@ class HFModel:
             inputs["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0) + self.family.first
         meta = {
             "images": tuple(refs),
-            "image_ids": tuple(examples[i].id for i in row_I.tolist()),
+            "image_ids": tuple(examples[i].told for i in row_I.tolist()),
             "padded": int(mask_BT.sum()) < B * T,
             "left": not answers,
             "next_position": following,
             "image_index": (ids_BT.flatten() == self.encode.image_token_id).nonzero().squeeze(1),
         }
         if not self.frozen_tower:
-            shown = [(r, x.id) for e, x in zip(encoded, examples, strict=True) for r in e.images]
+            shown = [(r, x.told) for e, x in zip(encoded, examples, strict=True) for r in e.images]
             meta["pixels"] = tuple(self.encode.image(ref, name) for ref, name in shown)
         return Batch(tuple(examples), inputs, labels_BT if answers else None, row_I, meta)
 
@@ -442,7 +444,7 @@ class HFModel:
         while todo:
             size = next((n for n in sizes if n <= len(todo)), sizes[-1])
             part, todo = todo[:size], todo[size:]
-            pixels = [self.encode.image(ref, example_id) for ref, example_id in part]
+            pixels = [self.encode.image(ref, told) for ref, told in part]
             for (ref, _), made in zip(part, self._tower(pixels, size), strict=True):
                 found[ref.key] = made
                 self.features.put(ref.key, made)

@@ -26,13 +26,16 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import processing_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 from transformers.processing_utils import ProcessorMixin
 
+from retain.models.folder import code, complete, finite, fits, looked_at, plain, silent, told
 from retain.types import RetainError
 
 
@@ -64,13 +67,13 @@ class NoVideo(dict[str, Any]):
         """Nothing to save."""
 
 
-def where(name_or_dir: str | Path) -> tuple[str, bool]:
+def where(name_or_dir: str | Path, who: str = "model") -> tuple[str, bool]:
     """The checkpoint's folder or Hub id, and whether it is local. A missing folder is a RetainError."""
     name = str(name_or_dir)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise RetainError(f"model {name!r}: the folder has no config.json; it holds {_some(path)}")
+            raise RetainError(f"{who} {name!r}: the folder has no config.json; it holds {_some(path)}")
         return str(path), True
     looks_local = (
         isinstance(name_or_dir, Path)
@@ -79,7 +82,7 @@ def where(name_or_dir: str | Path) -> tuple[str, bool]:
         or name.count("/") != 1
     )
     if looks_local or (path.parent.is_dir() and path.parent != Path()):
-        raise RetainError(f"model {name!r}: no such folder (a Hub id reads owner/name)")
+        raise RetainError(f"{who} {name!r}: no such folder (a Hub id reads owner/name)")
     return name, False
 
 
@@ -88,14 +91,39 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """The model, in eval mode on its device, and its processor."""
     name, local = where(name_or_dir)
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=local)
-        auto: Any = model_class(config)
-        model = auto.from_pretrained(name, config=config, dtype=dtype, local_files_only=local)
-        processor = load_processor(name, local, config)
-    except (OSError, ValueError) as error:
-        raise RetainError(f"model {name!r} cannot be loaded: {error}") from error
+    config, who = read_config(name_or_dir), f"model {str(name_or_dir)!r}"
+    auto: Any = model_class(config)
+    if local:
+        with told(who, "config.json"):
+            fits(lambda: auto.from_config(config), Path(name), who)
+    model = weights_of(auto, name, who, local, config=config, dtype=dtype)
+    processor = load_processor(name, local, config)
     return model.to(device).eval(), processor
+
+
+def read_config(name_or_dir: str | Path, who: str = "model") -> Any:
+    """The configuration of a model, by a stock class; a local folder's files are looked at before."""
+    name, local = where(name_or_dir, who)
+    who = f"{who} {str(name_or_dir)!r}"
+    if local:
+        looked_at(Path(name), who)
+    with told(who, "config.json"), silent():
+        raw, _ = PreTrainedConfig.get_config_dict(name, local_files_only=local)
+        plain(raw, f"{who}: config.json")
+        code(raw, str(raw.get("model_type")) in CONFIG_MAPPING_NAMES, who)
+        return AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+
+
+def weights_of(auto: Any, name: str, who: str, local: bool, **how: Any) -> Any:
+    """A model of a stock class with all of its weights, every one of them a number, from safetensors alone."""
+    with told(who, "it"), silent():
+        model, report = auto.from_pretrained(
+            name, local_files_only=local, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True, **how,
+        )  # fmt: skip
+    complete(model, report, who)
+    finite(model, who)
+    return model
 
 
 def model_class(config: Any) -> Any:
@@ -117,11 +145,18 @@ def load_processor(name: str, local: bool, config: Any = None) -> Any:
     Where a processor's class insists on a video processor that needs torchvision, it gets a stand-in for that part.
     Raises RetainError for a processor that does not say which tokens stand for an image.
     """
+    with told(f"model {name!r}", "its tokenizer or image processor"):
+        processor = _processor(name, local, config)
+        processor.tokenizer("What?")  # what is wrong with its settings, it says at the first words
+        return processor
+
+
+def _processor(name: str, local: bool, config: Any) -> Any:
     if config is not None and str(config.model_type) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return Words(AutoTokenizer.from_pretrained(name, local_files_only=local))
+        return Words(AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False))
     auto: Any = AutoProcessor
     try:
-        processor = auto.from_pretrained(name, local_files_only=local, backend="pil")
+        processor = auto.from_pretrained(name, local_files_only=local, trust_remote_code=False, backend="pil")
         if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
             raise ValueError("AutoProcessor finds no tokenizer with an image processor")
     except (ImportError, TypeError, ValueError, OSError) as error:
@@ -149,7 +184,7 @@ def _without_video(name: str, local: bool, reason: Exception) -> Any:
     more: dict[str, Any] = {"image_processor": {"backend": "pil"}}
     parts = [
         NoVideo() if part == "video_processor" else
-        loads[part].from_pretrained(name, local_files_only=local, **more.get(part, {}))
+        loads[part].from_pretrained(name, local_files_only=local, trust_remote_code=False, **more.get(part, {}))
         for part in cls.get_attributes()
     ]  # fmt: skip
     made = without_video(cls).from_args_and_dict(parts, given)
@@ -161,7 +196,9 @@ def _processor_class(name: str, local: bool, given: dict[str, Any]) -> Any:
     """The class of the processor, from its own file: from its package it asks for torchvision. None if there is none."""
     wanted = given.get("processor_class") or _beside(name, "preprocessor_config.json").get("processor_class")
     kinds: dict[str, str] = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
-    wanted = wanted or kinds.get(str(AutoConfig.from_pretrained(name, local_files_only=local).model_type))
+    wanted = wanted or kinds.get(
+        str(AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False).model_type)
+    )
     for kind in [k for k, processor in kinds.items() if processor == wanted]:
         module = _processing(vars(processing_auto)["model_type_to_module_name"](kind))
         found = getattr(module, str(wanted), None)
@@ -197,12 +234,6 @@ def without_video(cls: Any) -> Any:
         (cls,),
         {"check_argument_for_proper_class": lambda *_: None, "__module__": cls.__module__},
     )
-
-
-def _class_name(name: str, given: dict[str, Any]) -> str:
-    """The processor's class as the checkpoint names it, else as transformers knows it for the type of model."""
-    kind = str(AutoConfig.from_pretrained(name).model_type)
-    return str(given.get("processor_class") or vars(processing_auto)["PROCESSOR_MAPPING_NAMES"].get(kind, ""))
 
 
 def _template(name: str) -> str | None:

@@ -62,7 +62,7 @@ class Stock:
         self, example: Example, messages: tuple[Message, ...], how: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         processor, encode = self.processor, self.encode
-        pictures = [encode.opened(source, example.id) for source in example.images]
+        pictures = [encode.opened(source, example.told) for source in example.images]
         wanted = {"return_tensors": "pt"}
         if not encode.told:
             text = encode.render(messages, generate=True)

@@ -190,7 +190,7 @@ class RunDir:
             return None
         name = f"samples/{safe(task)}/{digest(example.id)}.png"
         if self.main and not (self.path / name).is_file():
-            picture = opened(example.images[0], f"example {example.id!r}")
+            picture = opened(example.images[0], example.told)
             picture.thumbnail((side, side))
             write_atomic(self.path / name, lambda p: picture.save(p, "png"), durable=False)
         return name
