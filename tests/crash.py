@@ -3,13 +3,16 @@ asked for.
 
 One JSON object per line in (`folder`, and when to die), one out (`signal` it died of, `replaces` it had made,
 `error`). A process kills itself with SIGKILL at the n-th rename, before or after it, or in the middle of the
-n-th appended line; or its parent kills it after so many seconds.
+n-th appended line; or its parent kills it after so many seconds. Or it lives, and has no room on its disk from the n-th
+write on (`full`), for files above so many bytes (`fsize`), or only so many file descriptors (`files`).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -67,6 +70,30 @@ def armed(order: dict[str, Any]) -> list[int]:
             die()
         append(path, rows)
 
+    written, usual = [0], retain.files.usual_mode
+
+    def no_room() -> None:
+        written[0] += 1
+        if written[0] >= order.get("full", 1 << 40):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def begun(path: Path) -> int:
+        no_room()
+        return usual(path)
+
+    def opened(path: Path, mode: str = "r", *args: Any, **how: Any) -> Any:
+        if mode == "a":
+            no_room()
+        return open_file(path, mode, *args, **how)
+
+    open_file = Path.open
+    if "full" in order:
+        retain.files.usual_mode, Path.open = begun, opened  # type: ignore[assignment,method-assign]
+    if "fsize" in order:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["fsize"],) * 2)
+    if "files" in order:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (order["files"],) * 2)
     os.replace = replaced  # type: ignore[assignment]
     os.fsync = lambda handle: None  # type: ignore[assignment]  # against power cuts; a kill does not need it
     retain.run.evaluate.append_lines = retain.run.store.append_lines = appended
@@ -74,14 +101,14 @@ def armed(order: dict[str, Any]) -> list[int]:
 
 
 def child(order: dict[str, Any], out: int) -> None:
-    count, error = armed(order), ""
+    count, error, clear = armed(order), "", True
     try:
         whole(Path(order["folder"]))
     except RetainError as e:
         error = str(e)
     except BaseException as e:
-        error = f"{type(e).__name__}: {e}"
-    os.write(out, json.dumps({"replaces": count[0], "error": error}).encode())
+        error, clear = f"{type(e).__name__}: {e}", False
+    os.write(out, json.dumps({"replaces": count[0], "error": error, "clear": clear}).encode())
     os._exit(0)
 
 

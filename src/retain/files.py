@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,20 @@ DEEPEST = 500
 """Lists and objects inside each other in a JSON file that is read: more would exhaust the stack of who walks it."""
 
 
-def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
+def write_atomic(
+    path: Path, write: Callable[[Path], object], *, durable: bool = True, shared: bool = False
+) -> None:
     """The old file or the new one, never half. A full or read-only disk is a RetainError that names the file.
 
     `durable` also survives a power cut (the file and its folder are flushed to disk); a kill is survived
-    without.
+    without. A file that is `shared` may be written by several processes at once: each has a temporary name of its own,
+    and what killed ones left is swept.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.part" + (f"-{os.getpid()}" if shared else ""))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if shared:
+            _sweep(path)
         mode = usual_mode(part)
         write(part)
         part.chmod(mode)
@@ -84,12 +89,12 @@ def aside(to: str | Path) -> Iterator[Path]:
 
 
 def _sweep(to: Path) -> None:
-    """Remove the unfinished folders of processes that were killed while they wrote `to`."""
+    """Remove the unfinished folders and files of processes that were killed while they wrote `to`."""
     ours = re.compile(rf"\.+{re.escape(to.name)}(?:\.part-\d+)*\.part-(\d+)")  # one writer may call another
     for left in to.parent.glob(f".*{glob.escape(to.name)}.part-*") if to.parent.is_dir() else ():
         found = ours.fullmatch(left.name)
-        if found and left.is_dir() and not left.is_symlink() and not _lives(int(found[1])):
-            shutil.rmtree(left, ignore_errors=True)
+        if found and not left.is_symlink() and not _lives(int(found[1])):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _lives(pid: int) -> bool:
@@ -129,14 +134,20 @@ def json_text(value: Any, indent: int | None = None, other: Callable[[Any], Any]
     return text if text.isascii() else re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """An atomic JSON file, keys in their order."""
-    write_text(path, json_text(value, indent=1) + "\n")
+def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
+    """An atomic JSON file, keys in their order; `shared`: of several processes, as `write_atomic` has it."""
+    text = json_text(value, indent=1) + "\n"
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf8"), shared=shared)
 
 
-def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """An atomic JSONL file."""
-    write_text(path, "".join(json_text(r) + "\n" for r in rows))
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """An atomic JSONL file, written row by row."""
+
+    def write(part: Path) -> None:
+        with part.open("w", encoding="utf8") as file:
+            file.writelines(json_text(r) + "\n" for r in rows)
+
+    write_atomic(path, write)
 
 
 def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -232,7 +232,7 @@ class Counted:
 def digest(value: Any) -> str:
     """A short stable hash of plain data, arrays and images by content, and paths by name and size."""
     h = hashlib.sha256()
-    paths: dict[str, bytes] = {}  # a picture that many rows show is asked for its size once
+    paths: dict[str, str] = {}  # a picture that many rows show is asked for its size once
 
     def eat_look(v: PILImage.Image) -> None:
         """What decides besides the stored pixels how an image looks."""
@@ -242,25 +242,33 @@ def digest(value: Any) -> str:
             if key in v.info:
                 h.update(f"{key}={v.info[key]!r}".encode())
 
-    def eat_path(v: str) -> None:
+    def told_path(v: str) -> str:
         if v not in paths:
-            paths[v] = f"{v}:{_size(v)}".encode()
-        h.update(paths[v])
+            paths[v] = f"{v}:{_size(v)}"
+        return paths[v]
 
     def eat_example(v: Plain) -> None:
-        """As the list [id, turns, images, references] would be eaten, in two pieces."""
+        """As the list [id, turns, images, references] would be eaten; in one piece where images are paths."""
         out = [f"[4{_told(v.id)};[{len(v.turns)}"]
         for role, text, images, at in v.turns:
             out.append(f"[{4 if at else 3}{_told(role)};{_told(text)};{_told(images)};")
             if at:
                 out.append(f"[{len(at)}" + "".join(f"{_told(n)};" for n in at))
-        h.update("".join([*out, f"[{len(v.images)}"]).encode())
+        out.append(f"[{len(v.images)}")
         for image in v.images:
+            if isinstance(image, str):
+                out.append(told_path(image))
+                continue
+            h.update("".join(out).encode())
+            out = []
             try:
-                eat_path(image) if isinstance(image, str) else eat(image)
+                eat(image)
             except RetainError as error:
                 raise RetainError(f"example {v.id!r}: {error}") from error
-        h.update("".join([f"[{len(v.references)}", *(f"{_told(r)};" for r in v.references)]).encode())
+        out.append(f"[{len(v.references)}")
+        if v.references:
+            out += [f"{_told(r)};" for r in v.references]
+        h.update("".join(out).encode())
 
     def eat(v: Any) -> None:
         if isinstance(v, Example):
@@ -280,7 +288,7 @@ def digest(value: Any) -> str:
             h.update(str((v.size, v.mode)).encode() + _stored(v))
             eat_look(v)
         elif isinstance(v, Path):
-            eat_path(str(v))
+            h.update(told_path(str(v)).encode())
         elif isinstance(v, Tensor):
             h.update(str((tuple(v.shape), str(v.dtype))).encode())
             h.update(v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if v.numel() else b"")
@@ -305,7 +313,9 @@ def digest(value: Any) -> str:
 
 def _told(value: Any) -> str:
     """A plain value as JSON."""
-    return quoted(value) if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    if isinstance(value, str):
+        return quoted(value)
+    return int.__repr__(value) if type(value) is int else json.dumps(value, sort_keys=True, default=str)
 
 
 def _size(path: str) -> int | str:

@@ -54,8 +54,8 @@ class Kept(Lazy):
         try:
             row = marshal.dumps((example.id, turns, images, example.references, _dict(example.meta)))
         except ValueError:  # a value of `meta` that is no plain data, or nests too deep
-            row = b""
-        if not row or None in images:
+            row = WHOLE
+        if row is WHOLE or None in images:
             self._whole[len(self)] = example
         if not self._open:
             self._firsts.append(len(self))
@@ -113,8 +113,11 @@ class Kept(Lazy):
         self._open.clear()
 
 
+WHOLE = marshal.dumps(None)
+"""Stands for a row that is kept as it is."""
+
 PRESSED = zlib.compress(b"")[:1]
-"""The first byte of a compressed block; marshal begins a tuple with another."""
+"""The first byte of a compressed block; marshal begins a tuple, or nothing, with another."""
 
 
 def _dict(value: Mapping[str, Any]) -> dict[str, Any]:

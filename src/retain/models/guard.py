@@ -110,7 +110,7 @@ def check(model: Probed) -> list[Finding]:
     if wrong:
         raise RetainError(_sentence(model, wrong))
     with suppress(RetainError):  # a read-only home costs a second the next time, and nothing else
-        write_json(store, {"findings": [asdict(f) for f in findings]})
+        write_json(store, {"findings": [asdict(f) for f in findings]}, shared=True)
     return findings
 
 

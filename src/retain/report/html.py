@@ -85,9 +85,8 @@ def _several(runs: Sequence[Run]) -> str:
         if (m := summary.mean_matrix(g)) is not None
     ]
     tasks = runs[0].tasks
-    words = "Columns are tasks in the order they are learned: " + ", ".join(
-        f"{k} {t}" for k, t in enumerate(tasks, 1)
-    )
+    named = ", ".join(f"{k} {t}" for k, t in figures.some(list(enumerate(tasks, 1)), MANY))
+    words = f"Columns are tasks in the order they are learned: {named}"
     details = [_complete(run_view((summary.counted(g) or list(g.runs))[0])) for g in groups]
     matrices = [entry["heat"] for entry in minis] + [d[key] for d in details for key in ("heat", "routing")]
     if sum(map(n_cells, matrices)) > CELLS:

@@ -7,7 +7,7 @@ strict where a file is simply wrong: then the error names it. Nothing here write
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +57,11 @@ class Row:
 
     def predictions(self, task: str) -> list[Record]:
         """The predictions on one task, in the order of its test split; empty where it was not evaluated."""
-        return list(self.folder.answers(task)) if self.folder.predictions(task).is_file() else []
+        return list(self.each(task))
+
+    def each(self, task: str) -> Iterator[Record]:
+        """The same, one after the other: a long file is not held."""
+        return self.folder.each_answer(task) if self.folder.predictions(task).is_file() else iter(())
 
 
 @dataclass(frozen=True)
@@ -255,9 +259,9 @@ def partial_matrix(rows: Sequence[Row], tasks: Sequence[str]) -> AccuracyMatrix 
         return None
     matrix = AccuracyMatrix.empty(learned or tasks, [t for t in tasks if t not in learned] if learned else ())
     for row in done:
-        found = {task: row.predictions(task) for task in tasks}
-        scores = {task: [float(r["score"]) for r in records] for task, records in found.items() if records}
-        ids = {task: [str(r["id"]) for r in found[task]] for task in scores}
+        found = {task: [(str(r["id"]), float(r["score"])) for r in row.each(task)] for task in tasks}
+        scores = {task: [score for _, score in pairs] for task, pairs in found.items() if pairs}
+        ids = {task: [i for i, _ in found[task]] for task in scores}
         at = 0 if row.task == ZERO_SHOT else [*learned, row.task].index(row.task) + 1
         at = min(at, len(matrix.tasks))  # joint training is no task of the stream: it fills the last row
         matrix = matrix.with_row(at, scores, ids)

@@ -56,18 +56,22 @@ def forgotten(run: Run, per_task: int = 2, tasks: int = 8) -> list[Sample]:
     """Samples answered right after their task was learned and wrong at the end: tasks that lost most come
     first.
 
-    Of a task, samples with different right answers are preferred. `answers` holds every stage since the task
-    was learned.
+    Of a task, samples with different right answers are preferred. `answers` holds the stages since the task
+    was learned, at most `STAGES` of them.
     """
     rows = run.learned
     found: list[tuple[float, int, list[Record]]] = []
     for i, row in enumerate(rows[:-1]):
-        after = {str(r["id"]): float(r["score"]) for r in rows[-1].predictions(row.task)}
-        before = [r for r in row.predictions(row.task) if str(r["id"]) in after]
-        lost = [r for r in before if r["score"] - after[str(r["id"])] >= 50]
+        after = {str(r["id"]): float(r["score"]) for r in rows[-1].each(row.task)}
+        lost, drops = list[Record](), list[float]()
+        for record in row.each(row.task):
+            if (now := after.get(str(record["id"]))) is not None:
+                drops.append(record["score"] - now)
+                if drops[-1] >= 50:
+                    lost.append(record)
         if lost:
             lost.sort(key=lambda r: after[str(r["id"])] - r["score"])
-            drop = sum(r["score"] - after[str(r["id"])] for r in before) / len(before)
+            drop = sum(drops) / len(drops)
             found.append((drop, i, _varied(lost, run, per_task)))
     found.sort(key=lambda entry: -entry[0])
     return [s for _, i, chosen in found[:tasks] for s in _over_time(run, rows[i].task, chosen, rows[i:])]
@@ -113,7 +117,7 @@ def routing(run: Run) -> Routing | None:
     names: dict[str, None] = {}
     for task in run.tasks:
         n, of_task = 0, dict[str, float]()
-        for record in row.predictions(task):
+        for record in row.each(task):
             for name, weight in (record.get("mix") or {}).items():
                 of_task[name] = of_task.get(name, 0.0) + float(weight)
                 names[name] = None
@@ -165,13 +169,15 @@ def _varied(records: Sequence[Record], run: Run, n: int) -> list[Record]:
     """The first n records, those with a picture first, avoiding a right answer or a question seen already."""
     order = sorted(records, key=lambda record: run.thumbnail(record) is None)
     fresh: list[Record] = []
+    again: list[Record] = []  # as many as could be needed: the records may be very many
     seen: set[tuple[str, ...]] = set()
     for record in order:
         key = tuple(map(str, record["references"]))
-        if key not in seen:
-            seen.add(key)
-            fresh.append(record)
-    return [*fresh, *(record for record in order if record not in fresh)][:n] if fresh else []
+        into = again if key in seen else fresh
+        if len(into) < n:
+            into.append(record)
+        seen.add(key)
+    return [*fresh, *again][:n]
 
 
 def _over_time(run: Run, task: str, chosen: Sequence[Record], rows: Sequence[Row]) -> list[Sample]:
@@ -180,7 +186,7 @@ def _over_time(run: Run, task: str, chosen: Sequence[Record], rows: Sequence[Row
     answers: dict[str, list[Answer]] = {i: [] for i in ids}
     for row in some(rows, STAGES):
         when = "zero-shot" if row.task == ZERO_SHOT else row.task
-        for record in row.predictions(task):
+        for record in row.each(task):
             if str(record["id"]) in ids:
                 answers[str(record["id"])].append(_answer(when, record))
     return [_sample(run, task, record, tuple(answers[str(record["id"])])) for record in chosen]

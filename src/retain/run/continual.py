@@ -278,7 +278,7 @@ def _copy(r: Running, row: Row, task: Task, key: str) -> Cell:
     source, name, cell = r.cells[key]
     cell = {**cell, "copied": True, "seconds": 0.0, "tokens": 0}
     if r.engine.main:
-        cell["answers"] = row.save_answers(task.name, source.answers(name))
+        cell["answers"] = row.save_answers(task.name, source.each_answer(name))
     r.watch.advance(len(task.test))
     return cell
 
@@ -290,7 +290,7 @@ def _answer(r: Running, row: Row, task: Task, key: str, batches: Any, started: f
     written = {}
     if r.engine.main:
         shown = {e.id: r.store.sample(task.name, e) for e in task.test[: r.options.thumbnails]}
-        written["answers"] = row.save_answers(task.name, [p.to_json(shown.get(p.id)) for p in predictions])
+        written["answers"] = row.save_answers(task.name, (p.to_json(shown.get(p.id)) for p in predictions))
         for file in target.parent.glob(f"{part.name}*"):  # of every process, also of an earlier launch
             file.unlink()
     compat = [p.compat for p in predictions if p.compat is not None]
@@ -311,7 +311,7 @@ def collect(stream: Stream, store: RunDir) -> AccuracyMatrix:
     one: only what holds for a final model is then defined.
     """
     values = {
-        len(row.learned): {t.name: [p["score"] for p in row.answers(t.name)] for t in stream.all}
+        len(row.learned): {t.name: [p["score"] for p in row.each_answer(t.name)] for t in stream.all}
         for row in store.rows()
         if row.done
     }

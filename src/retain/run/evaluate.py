@@ -48,7 +48,7 @@ class EvalOptions:
     split: Literal["test", "valid"] = "test"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """One answer, its score in 0..100 (and the released scorer's), and the weights it was routed with."""
 

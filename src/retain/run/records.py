@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -239,15 +240,18 @@ def read_table(path: Path, shape: Any) -> dict[str, dict[str, Any]]:
 
 def read_lines(path: Path, shape: Any, *, digest: str | None = None) -> list[dict[str, Any]]:
     """The lines of a JSONL file that was written at once, each of a shape; `digest` is that of the file, if known."""
-    out = []
-    for number, line in enumerate(content(path, digest).split(b"\n"), 1):
+    return list(each_line(path, shape, digest=digest))
+
+
+def each_line(path: Path, shape: Any, *, digest: str | None = None) -> Iterator[dict[str, Any]]:
+    """The same, one after the other: the objects of a long file are many times its bytes."""
+    for number, line in enumerate(BytesIO(content(path, digest)), 1):
         if line.strip():
             try:
                 value = parse_json(line.decode(), FLAT)
             except ValueError as error:
                 raise RetainError(f"{path}, line {number}: not valid JSON ({error})") from error
-            out.append(fits(value, shape, f"{path}, line {number}"))
-    return out
+            yield fits(value, shape, f"{path}, line {number}")
 
 
 def content(path: Path, digest: str | None) -> bytes:

@@ -23,7 +23,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +62,7 @@ from retain.types import Example, RetainError, digest
 
 FORMAT = 1
 TUNED = "about-this-folder.txt"
+ABOUT_TUNED = "Tasks that were tuned once (retain run … reuse=HERE). May be deleted.\n"
 LONGEST = 200
 """Bytes of a file name that a name is left as it is; longer ones are cut, and a hash tells them apart."""
 NOT_THE_RECIPE = frozenset({"out", "reuse", "track"})
@@ -323,7 +324,7 @@ class Row:
         self._cells = None
         records.write_table(self.path / "cells.json", cells)
 
-    def save_answers(self, task: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    def save_answers(self, task: str, lines: Iterable[Mapping[str, Any]]) -> str:
         """Write a cell's predictions; returns the digest of the file, which belongs into the cell."""
         write_jsonl(self.predictions(task), lines)
         return records.file_digest(self.predictions(task).read_bytes())
@@ -336,10 +337,13 @@ class Row:
 
     def answers(self, task: str) -> list[dict[str, Any]]:
         """A finished cell's predictions. RetainError: missing, of another shape, changed since they were written."""
+        return list(self.each_answer(task))
+
+    def each_answer(self, task: str) -> Iterator[dict[str, Any]]:
+        """The same, one after the other."""
         cells = self.cells() if self._cells is None else self._cells
-        return records.read_lines(
-            self.predictions(task), records.Answer, digest=cells.get(task, {}).get("answers")
-        )
+        digest = cells.get(task, {}).get("answers")
+        return records.each_line(self.predictions(task), records.Answer, digest=digest)
 
 
 @dataclass
@@ -399,24 +403,41 @@ class TunedDir:
             raise RetainError(f"{error}; remove {stem}.* to tune this task again") from error
 
     def save(self, key: str, state: dict[str, Any]) -> None:
-        """Keep it, whole or not at all: the tensors first, then the file that is asked for. Runs wait in turn."""
+        """Keep it, whole or not at all: the tensors first, then the file that is asked for. Runs wait in turn.
+
+        The lock goes with its process; what a killed one left is swept by the next that has it.
+        """
         if not self.main:
             return
         stem = self.path / key
+        with self._locked():
+            if not (self.path / TUNED).is_file():
+                write_text(self.path / TUNED, ABOUT_TUNED)
+            self._sweep()
+            if not stem.with_suffix(".json").is_file():
+                save_state(stem, state)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / TUNED).is_file():
-                write_text(
-                    self.path / TUNED,
-                    "Tasks that were tuned once (retain run … reuse=HERE). May be deleted.\n",
-                )
             handle = (self.path / "lock").open("w")
         except OSError as error:
             raise RetainError(f"reuse: cannot write into {self.path}: {error.strerror}") from error
         with handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if not stem.with_suffix(".json").is_file():
-                save_state(stem, state)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:  # a file system that knows no locks
+                raise RetainError(f"reuse: cannot lock {self.path}/lock: {error.strerror}") from error
+            yield
+
+    def _sweep(self) -> None:
+        """Remove half entries: only who holds the lock writes, so no file without its JSON is being written."""
+        for file in self.path.iterdir():
+            part = file.name.startswith(".") and file.name.endswith(".part")
+            half = file.suffix == ".safetensors" and not file.with_suffix(".json").is_file()
+            if part or half:
+                file.unlink(missing_ok=True)
 
 
 def empty(bank: AdapterBank) -> None:
