@@ -56,8 +56,13 @@ def recipe(folder: Path, names: list[str], n: int) -> Path:
     lines = []
     for i in range(n):
         asked = " ".join(rng.choices(WORDS, k=rng.randint(5, 18)))
-        turns = [{"from": "human", "value": f"<image>\n{asked}?"}, {"from": "gpt", "value": rng.choice(WORDS)}]
-        lines.append(json.dumps({"id": f"r{i:07d}", "image": names[i % len(names)], "conversations": turns}) + "\n")
+        turns = [
+            {"from": "human", "value": f"<image>\n{asked}?"},
+            {"from": "gpt", "value": rng.choice(WORDS)},
+        ]
+        lines.append(
+            json.dumps({"id": f"r{i:07d}", "image": names[i % len(names)], "conversations": turns}) + "\n"
+        )
     (folder / f"train{n}.jsonl").write_text("".join(lines))
     (folder / f"test{n}.jsonl").write_text("".join(lines[:64]))
     file = folder / f"{n}.yaml"
