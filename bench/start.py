@@ -21,7 +21,7 @@ import numpy as np
 from common import Ratio
 from PIL import Image
 
-WORDS = "what colour is the square left of a small red circle near that big blue house and how many".split()
+WORDS = "what colour is the square left of a small red circle near that big blue house and how many".split()  # noqa: SIM905
 FEW = 1_000
 
 CHILD = """\

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -29,19 +28,18 @@ import retain.models.fits as fits
 import tiny
 from fake_model import FakeModel
 from fake_model import stream as fake_stream
-from loop_helpers import remains
 from retain.commands.run import check_examples
 from retain.data import read
 from retain.data.kept import Kept
 from retain.files import read_json, write_json
-from retain.method import Context, build
+from retain.method import Context
 from retain.metrics import score
 from retain.models.hf import HFModel
 from retain.pocket import pocket_path
 from retain.report.html import write_report
 from retain.run.evaluate import Prediction, lengths
 from retain.run.order import GROUP, batches
-from retain.run.store import TUNED, RunDir, TunedDir
+from retain.run.store import TUNED, TunedDir
 from retain.run.train import Optim
 from retain.stream import Stream, Task
 from retain.types import Example, Message, RetainError, digest, joined, plain
@@ -49,7 +47,7 @@ from test_resume import Server, same, server, truth  # noqa: F401  # fixtures
 
 # -- rows that are kept small ------------------------------------------------------------------------------------
 
-WORDS = 'what colour is the 🎉 square "left" of a\nsmall naïve <red> circle \\ and how many'.split(" ")
+WORDS = 'what colour is the 🎉 square "left" of a\nsmall naïve <red> circle \\ and how many'.split(" ")  # noqa: SIM905
 
 
 def words(rng: random.Random, n: int) -> str:

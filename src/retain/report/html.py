@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from retain.metrics.formulas import Array
+from retain.metrics.intervals import Array
 from retain.report import figures, samples, summary
 from retain.report.figures import Axis, Line
 from retain.report.load import Group, Run, group, load_runs
@@ -79,7 +79,7 @@ def _several(runs: Sequence[Run]) -> str:
     groups = group(runs)
     against = groups[0]
     title = f"{len(groups)} methods" if len(groups) > 3 else " · ".join(g.label for g in groups)
-    minis = [
+    minis: list[dict[str, Any]] = [
         {"label": g.label, "heat": heat(("0-shot", *m.tasks), m.tasks, m.unseen, m.mean)}
         for g in groups
         if (m := summary.mean_matrix(g)) is not None

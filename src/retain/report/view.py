@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
-from retain.metrics.formulas import Array
+from retain.metrics.intervals import Array
 from retain.report import figures, samples, summary
 from retain.report.figures import Axis, Line
 from retain.report.load import Group, Run

@@ -121,9 +121,9 @@ def cell_key(
         return [[name, digests[name], _plain(w)] for name, w in weights.items() if not _off(w)]
 
     mixes = [[rows, told(m.weights), [[i, told(w)] for i, w in m.by_layer.items()]] for rows, m in batches]
-    how = (
-        "fp32" if options.precision == "model" else options.precision
-    )  # what folders from before `model` say
+    how: str = options.precision
+    if how == "model":
+        how = "fp32"  # what folders from before `model` say
     how += " of half" if widens(model, options) else ""
     return digest([model.fingerprint(), data or task.digest(), how, mixes])
 
