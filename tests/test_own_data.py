@@ -169,6 +169,7 @@ UNFIT: dict[str, tuple[str, list[str]]] = {
     "meta as text": ('{"text": "x", "answer": "y", "meta": "none"}', ["'meta'", "'none'"]),
     "references as text": ('{"text": "x", "answer": "y", "references": "y"}', ["'references'", "list"]),
     "an id of 1 MB": (f'{{"id": "{"x" * 10**6}", "text": "x", "answer": "y"}}', ["'id'", "1,000,000 characters"]),
+    "a path of 200 kB": (f'{{"text": "x", "answer": "y", "image": "{"x" * 200_000}"}}', ["'image'", "200,000 characters"]),
     "a million options": ('{"text": "x", "answer": "y", "options": [' + "1," * 999_999 + "1]}", ["'options'", "1,000,000"]),
     "options of yes": ('{"text": "x", "answer": "y", "options": [true, false]}', ["'options'"]),
     "a tolerance as text": ('{"text": "x", "answer": "1", "tolerance": "0.1"}', ["'tolerance'", "'0.1'"]),

@@ -539,6 +539,10 @@ def _image(value: Any, at: str, file: _File) -> ImageSource:
     name = _str(value, at)
     if not name.strip():
         raise RetainError(f"{at}: the image's path is empty")
+    if len(name) > MAX_ID:
+        raise RetainError(
+            f"{at}: {_show(name)}: a path of {len(name):,} characters; at most {MAX_ID:,} are taken"
+        )
     path = Path(normpath(file.root / name))
     if not path.is_relative_to(normpath(file.root)):
         raise RetainError(f"{at}: {name!r} leaves the image root {str(file.root)!r}")
