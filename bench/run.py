@@ -17,7 +17,19 @@ import sys
 import time
 from pathlib import Path
 
-PARTS = ("evaluate", "update", "method", "memory", "train", "decoders", "route", "prompts", "growth", "merge", "start")
+PARTS = (
+    "evaluate",
+    "update",
+    "method",
+    "memory",
+    "train",
+    "decoders",
+    "route",
+    "prompts",
+    "growth",
+    "merge",
+    "start",
+)
 HERE = Path(__file__).resolve().parent
 
 

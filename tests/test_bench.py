@@ -13,7 +13,10 @@ pytest.importorskip("peft")
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
-QUICK, SLOW = ["train", "decoders", "evaluate", "method", "route", "prompts", "memory"], ["growth", "merge", "start"]
+QUICK, SLOW = (
+    ["train", "decoders", "evaluate", "method", "route", "prompts", "memory"],
+    ["growth", "merge", "start"],
+)
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])

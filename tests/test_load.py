@@ -8,7 +8,6 @@ import math
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -29,19 +28,18 @@ import retain.models.fits as fits
 import tiny
 from fake_model import FakeModel
 from fake_model import stream as fake_stream
-from loop_helpers import remains
 from retain.commands.run import check_examples
 from retain.data import read
 from retain.data.kept import Kept
 from retain.files import read_json, write_json
-from retain.method import Context, build
+from retain.method import Context
 from retain.metrics import score
 from retain.models.hf import HFModel
 from retain.pocket import pocket_path
 from retain.report.html import write_report
 from retain.run.evaluate import Prediction, lengths
 from retain.run.order import GROUP, batches
-from retain.run.store import TUNED, RunDir, TunedDir
+from retain.run.store import TUNED, TunedDir
 from retain.run.train import Optim
 from retain.stream import Stream, Task
 from retain.types import Example, Message, RetainError, digest, joined, plain
@@ -49,11 +47,11 @@ from test_resume import Server, same, server, truth  # noqa: F401  # fixtures
 
 # -- rows that are kept small ------------------------------------------------------------------------------------
 
-WORDS = "what colour is the 🎉 square \"left\" of a\nsmall naïve <red> circle \\ and how many".split(" ")
+WORDS = ('what colour is the 🎉 square "left" of', "a\nsmall naïve <red> circle \\ and how many")
 
 
 def words(rng: random.Random, n: int) -> str:
-    return " ".join(rng.choices(WORDS, k=n))
+    return " ".join(rng.choices(" ".join(WORDS).split(" "), k=n))
 
 
 def drawn(folder: Path, n: int, seed: int = 0, long: int = 8) -> Path:
@@ -70,7 +68,13 @@ def drawn(folder: Path, n: int, seed: int = 0, long: int = 8) -> Path:
             turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
         row: dict[str, Any] = {"id": f"é{i}", "image": name, "conversations": turns}
         if i % 7 == 3:
-            row = {"id": i, "text": asked, "answer": [said, "b"], "meta": {"options": ["x", 1]}, "source": "s"}
+            row = {
+                "id": i,
+                "text": asked,
+                "answer": [said, "b"],
+                "meta": {"options": ["x", 1]},
+                "source": "s",
+            }
         if i % 7 == 5:
             parts = [{"type": "text", "text": "See"}, {"type": "image"}, {"type": "text", "text": asked}]
             row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": said}]}
@@ -98,7 +102,9 @@ def by_hand(examples: list[Example]) -> str:
         else:
             h.update(json.dumps(v, sort_keys=True).encode() + b";")
 
-    turns = [[[m.role, m.text, m.images, *([list(m.at)] if m.at else [])] for m in e.messages] for e in examples]
+    turns = [
+        [[m.role, m.text, m.images, *([list(m.at)] if m.at else [])] for m in e.messages] for e in examples
+    ]
     one([[e.id, t, list(e.images), list(e.references)] for e, t in zip(examples, turns, strict=True)])
     return h.hexdigest()[:16]
 
@@ -159,7 +165,9 @@ def test_joined_rows_are_a_list_that_nobody_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_json_list_is_read_value_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_a_json_list_is_read_value_by_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     """Whatever the blanks and wherever a read ends; what is broken is told as Python's reader of the whole tells it."""
     rng, file = random.Random(seed), tmp_path / "d.json"
     values = [{"id": i, "a": [words(rng, rng.randint(0, 9)), {"b": None}, 1.5e3]} for i in range(20)]
@@ -175,7 +183,15 @@ def test_a_json_list_is_read_value_by_value(tmp_path: Path, monkeypatch: pytest.
     for written in (text, f" \n{text}\n ", "\ufeff" + text, "[]", "[ \n]"):
         file.write_text(written, encoding="utf-8")
         assert list(read._items(file)) == json.loads(written.removeprefix("\ufeff"))
-    for broken in (text[:-1], text[: len(text) // 2], text + "x", text.replace(",", ";", 5), "[1,]", "[,1]", "[1 2]"):
+    for broken in (
+        text[:-1],
+        text[: len(text) // 2],
+        text + "x",
+        text.replace(",", ";", 5),
+        "[1,]",
+        "[,1]",
+        "[1 2]",
+    ):
         file.write_text(broken, encoding="utf-8")
         with pytest.raises(RetainError) as raised:
             list(read._items(file))
@@ -243,7 +259,9 @@ def test_an_upper_bound_is_one_for_every_processor(tmp_path: Path, name: str, mo
             assert refused(model, examples) <= set(model.suspects(examples))
 
 
-def test_a_picture_without_its_end_is_found_at_the_start(tmp_path: Path, pocket: HFModel, monkeypatch: Any) -> None:
+def test_a_picture_without_its_end_is_found_at_the_start(
+    tmp_path: Path, pocket: HFModel, monkeypatch: Any
+) -> None:
     examples = read.examples(drawn(tmp_path, 60))
     task = Task("mine", examples, examples[:1], score("exact"))
     check_examples(pocket, Stream("s", (task,)), "all")
@@ -256,7 +274,9 @@ def test_a_picture_without_its_end_is_found_at_the_start(tmp_path: Path, pocket:
         (tmp_path / name).write_bytes(whole)
 
 
-def test_few_rows_are_encoded_before_the_first_step(tmp_path: Path, pocket: HFModel, monkeypatch: Any) -> None:
+def test_few_rows_are_encoded_before_the_first_step(
+    tmp_path: Path, pocket: HFModel, monkeypatch: Any
+) -> None:
     """Of three thousand; and a step's neighbours are found when it comes."""
     rng, folder = random.Random(0), tmp_path
     Image.new("RGB", (48, 48)).save(folder / "a.png")
@@ -267,7 +287,9 @@ def test_few_rows_are_encoded_before_the_first_step(tmp_path: Path, pocket: HFMo
             file.write(json.dumps({"id": str(i), "image": "a.png", "conversations": turns}) + "\n")
     counted = []
     encode = type(pocket.encode)._encode
-    monkeypatch.setattr(type(pocket.encode), "_encode", lambda self, e: counted.append(e.id) or encode(self, e))
+    monkeypatch.setattr(
+        type(pocket.encode), "_encode", lambda self, e: counted.append(e.id) or encode(self, e)
+    )
     train = read.examples(folder / "d.jsonl")
     stream = Stream("s", (Task("mine", train, train[:4], score("exact")),))
     check_examples(pocket, stream, "all")
@@ -297,7 +319,9 @@ def eager(model: Any, examples: Any, rng: torch.Generator, optim: Optim, n_steps
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-@pytest.mark.parametrize("how", [{"steps": 1}, {"steps": 37}, {"epochs": 0.3}, {"epochs": 2.7}, {"epochs": 1.0}])
+@pytest.mark.parametrize(
+    "how", [{"steps": 1}, {"steps": 37}, {"epochs": 0.3}, {"epochs": 2.7}, {"epochs": 1.0}]
+)
 def test_the_order_is_what_it_was(how: dict[str, Any], grouped: bool) -> None:
     m, s = FakeModel(), fake_stream(50)
     ctx, optim = Context(m, s[0], s, [], 3), Optim(batch_size=3, group_by_length=grouped, **how)
@@ -333,7 +357,10 @@ def started(folder: Path, n: int) -> tuple[float, float]:
     rng = random.Random(0)
     with (folder / "train.jsonl").open("w") as file:
         for i in range(n):
-            turns = [{"from": "human", "value": f"<image>\n{words(rng, 9)}?"}, {"from": "gpt", "value": "red"}]
+            turns = [
+                {"from": "human", "value": f"<image>\n{words(rng, 9)}?"},
+                {"from": "gpt", "value": "red"},
+            ]
             row = {"id": f"r{i}", "image": f"pics/{i % 2000}.png", "conversations": turns}
             file.write(json.dumps(row) + "\n")
     (folder / "test.jsonl").write_text("".join((folder / "train.jsonl").read_text().splitlines(True)[:8]))
@@ -363,7 +390,9 @@ def test_two_hundred_thousand_rows(tmp_path: Path) -> None:
 
 
 def large_run(path: Path, tasks: int, **how: Any) -> Path:
-    return fake_runs.fake_run(path, tasks=[f"task-{i:03d}" for i in range(tasks)], steps=20, **{"n": 3, **how})
+    return fake_runs.fake_run(
+        path, tasks=[f"task-{i:03d}" for i in range(tasks)], steps=20, **{"n": 3, **how}
+    )
 
 
 def test_a_long_stream_makes_a_small_page(tmp_path: Path) -> None:
@@ -398,7 +427,9 @@ def test_what_was_forgotten_of_very_many_samples(tmp_path: Path) -> None:
     for file in run.rglob("predictions/*.jsonl"):
         row = json.loads(file.read_text().splitlines()[0])
         right = 100.0 if "01-" in str(file) else 0.0
-        rows = [row | {"id": str(i), "references": [str(i)], "score": right, "image": None} for i in range(20_000)]
+        rows = [
+            row | {"id": str(i), "references": [str(i)], "score": right, "image": None} for i in range(20_000)
+        ]
         file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     before = time.process_time()
     page = write_report([run], tmp_path / "r.html").read_text()
@@ -417,7 +448,9 @@ def test_a_hundred_tasks_and_five_runs(tmp_path: Path) -> None:
     one = write_report(runs[:1], tmp_path / "one.html").read_text()
     several = write_report(runs, tmp_path / "all.html").read_text()
     assert len(one) < 5e6 and len(several) < 5e6
-    assert one.count("<td") > 10_000 and "data:image/png" in several  # numbers in one, pictures of matrices in all
+    assert (
+        one.count("<td") > 10_000 and "data:image/png" in several
+    )  # numbers in one, pictures of matrices in all
     assert several.count("<") < 60_000
 
 
@@ -480,7 +513,9 @@ def test_processes_that_share_a_folder_of_tuned_tasks(tmp_path: Path) -> None:
                 if shared.load(key) is None:
                     shared.save(key, state(keys.index(key)))
                 found = shared.load(key)
-                assert found and torch.equal(found["adapters"]["lora"]["a"], state(keys.index(key))["adapters"]["lora"]["a"])
+                assert found and torch.equal(
+                    found["adapters"]["lora"]["a"], state(keys.index(key))["adapters"]["lora"]["a"]
+                )
 
         return work
 

@@ -46,7 +46,10 @@ class _File:
 
 
 def examples(path: Path, image_root: Path | None = None, *, max_pixels: int = MAX_PIXELS) -> Kept:
-    """All rows of a file, read and checked once, and kept small (`retain.data.kept`). `image_root` defaults to the file's own folder; ids default to the row number."""
+    """All rows of a file, read and checked once, and kept small (`retain.data.kept`).
+
+    `image_root` defaults to the file's own folder; ids default to the row number.
+    """
     if not path.is_file():
         raise RetainError(f"{path}: no such file")
     root = image_root or path.parent

@@ -402,8 +402,8 @@ class Encoder:
         if found is None:
             found = self._process(image, told, key)
             self.pixels.put(key, found)
-        told = {k: v.tolist() if k in COUNTS else v.numpy() for k, v in found.items()}
-        tokens: str = self.processor.replace_image_token(told, 0)
+        counts = {k: v.tolist() if k in COUNTS else v.numpy() for k, v in found.items()}
+        tokens: str = self.processor.replace_image_token(counts, 0)
         n_tokens = self._tokens(tokens, False).count(self.image_token_id)
         grid = tuple(int(n) for n in found["image_grid_thw"][0]) if "image_grid_thw" in found else ()
         size = tuple(int(n) for n in found["image_sizes"][0]) if "image_sizes" in found else ()

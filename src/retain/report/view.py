@@ -166,7 +166,9 @@ def curves(run: Run) -> list[View]:
         if len(since) == 1:
             words = f"{since[0][1]:.0f}"
         marks = [j + 1.0] if since else []
-        label = f"{task}: score after each task; " + ", ".join(f"{v:.0f}" for _, v in figures.some(points, MANY))
+        label = f"{task}: score after each task; " + ", ".join(
+            f"{v:.0f}" for _, v in figures.some(points, MANY)
+        )
         out.append(
             {"name": task, "words": words, "plot": figures.plot(lines, x, figures.SCORE, label, marks=marks)}
         )
