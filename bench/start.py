@@ -21,7 +21,7 @@ import numpy as np
 from common import Ratio
 from PIL import Image
 
-WORDS = "what colour is the square left of a small red circle near that big blue house and how many".split()  # noqa: SIM905
+WORDS = ("what colour is the square left of a small red circle", "near that big blue house and how many")
 FEW = 1_000
 
 CHILD = """\
@@ -55,10 +55,10 @@ def recipe(folder: Path, names: list[str], n: int) -> Path:
     rng = random.Random(0)
     lines = []
     for i in range(n):
-        asked = " ".join(rng.choices(WORDS, k=rng.randint(5, 18)))
+        asked = " ".join(rng.choices(" ".join(WORDS).split(), k=rng.randint(5, 18)))
         turns = [
             {"from": "human", "value": f"<image>\n{asked}?"},
-            {"from": "gpt", "value": rng.choice(WORDS)},
+            {"from": "gpt", "value": rng.choice(["red", "blue"])},
         ]
         lines.append(
             json.dumps({"id": f"r{i:07d}", "image": names[i % len(names)], "conversations": turns}) + "\n"

@@ -147,7 +147,7 @@ class Adaptive(Guarantee):
             assert torch.equal(grad, self.w.seen_grads[key]), (
                 f"{key}: the kept gradient is not the one that was there"
             )
-        for key, E in self.part.shadow.items():
+        for key, E in self.part.average.items():
             if key in self.E and self.part.variant == "official":
                 d, move = self.w.now(key) - self.E[key], E - self.E[key]
                 alpha = float((d * move).sum() / (d * d).sum().clamp(min=1e-30))

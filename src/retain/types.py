@@ -321,7 +321,7 @@ def _told(value: Any) -> str:
 def _size(path: str) -> int | str:
     """Bytes of a file, "missing" of anything else."""
     try:
-        found = os.stat(path)  # noqa: PTH116  half the time of a Path, and it is asked of every picture
+        found = os.stat(path)  # noqa: PTH116  # a Path costs as much again
     except (OSError, ValueError):
         return "missing"
     return found.st_size if stat.S_ISREG(found.st_mode) else "missing"

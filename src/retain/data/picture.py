@@ -140,6 +140,16 @@ def looked_at(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[PILIm
     return image, ""
 
 
+def broken(path: Path) -> str:
+    """What is wrong with a picture file by its own marks: PNG's checksums are compared; "" for nothing."""
+    try:
+        with _quiet(), _open(path) as image:
+            image.verify()
+    except Exception as error:  # as above
+        return _why(error)
+    return ""
+
+
 def ends(path: Path) -> bool:
     """Whether a PNG or JPEG file has its end: a copy or a download that was cut off has not. True of other formats."""
     try:

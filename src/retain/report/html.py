@@ -79,7 +79,7 @@ def _several(runs: Sequence[Run]) -> str:
     groups = group(runs)
     against = groups[0]
     title = f"{len(groups)} methods" if len(groups) > 3 else " · ".join(g.label for g in groups)
-    minis: list[dict[str, Any]] = [
+    minis: list[View] = [
         {"label": g.label, "heat": heat(("0-shot", *m.tasks), m.tasks, m.unseen, m.mean)}
         for g in groups
         if (m := summary.mean_matrix(g)) is not None

@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image as PILImage
-
-from retain.data.picture import tried
+from retain.data.picture import broken, tried
 from retain.report.figures import some
 from retain.report.load import ZERO_SHOT, Group, Record, Row, Run
 from retain.types import RetainError
@@ -135,11 +133,8 @@ def data_uri(path: Path) -> str:
 
     RetainError where it is not whole: PNG's own checksums are compared.
     """
-    try:
-        with PILImage.open(path, formats=("PNG", "JPEG", "WEBP", "GIF")) as picture:
-            picture.verify()
-    except Exception as error:  # Pillow's readers raise nearly every class there is on a broken file
-        raise RetainError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if wrong := broken(path):
+        raise RetainError(f"cannot read {path}: {wrong}")
     kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".gif": "gif"}.get(path.suffix.lower(), "png")
     raw = path.read_bytes()
     if len(raw) > LARGE and (image := tried(path)[0]) is not None:
