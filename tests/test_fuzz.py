@@ -72,7 +72,7 @@ def test_the_runner_sees_what_is_no_clear_refusal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(limits, "CASE_CPU", 1)
-    monkeypatch.setattr(cli, "main", lambda: _ends(how))
+    monkeypatch.setattr(cli, "call", lambda: _ends(how))
     found = fuzz.outcome(Case("made up", (), expect, words, home=tmp_path))
     assert why in found.why and (found.verdict == "bug") == bool(why), found
 

@@ -158,14 +158,14 @@ def test_ties_go_to_the_new_and_tasks_of_other_adapters_do_not_count(monkeypatch
 
 def test_wrong_fields_are_named() -> None:
     for options, told in (
-        ({"ratio": 1.5}, r"interpolate\.ratio: must be a number in \[0, 1\], not 1\.5"),
+        ({"ratio": 1.5}, r"interpolate\.ratio: must be at least 0 and at most 1, not 1\.5"),
         ({"ratio": float("nan")}, r"interpolate\.ratio"),
         ({"ratio": "half"}, r"interpolate\.ratio.*'half'"),
         ({"ratio": True}, r"interpolate\.ratio"),
         ({"choose": [0.5, -1]}, r"interpolate\.choose.*-1"),
         ({"choose": [0.5, None]}, r"interpolate\.choose"),
         ({"ratio": 0.5, "choose": [0.5]}, "not both"),
-        ({"choose": [0.5], "keep": 0}, r"interpolate\.keep: must be 1 or more"),
+        ({"choose": [0.5], "keep": 0}, r"interpolate\.keep: must be at least 1"),
     ):
         with pytest.raises(RetainError, match=told):
             build({"interpolate": options})

@@ -196,7 +196,7 @@ def test_prompts_and_examples_share_the_context() -> None:
     with pytest.raises(RetainError, match=r"'e0'.*max_length 32 \(480 more are kept for soft prompts\)"):
         small.length(tiny.example(0, answer="red " * 20))
     for spec in ({"tokens": 0}, {"at_once": 0}):
-        with pytest.raises(RetainError, match="at least 1, not 0"):
+        with pytest.raises(RetainError, match=r"at least 1 .*not 0"):
             PromptSpec(**spec)
 
 

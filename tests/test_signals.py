@@ -22,6 +22,7 @@ from retain.method import build
 from retain.metrics import AccuracyMatrix
 from retain.run.continual import run
 from retain.run.evaluate import EvalOptions
+from retain.run.states import load_state
 from retain.run.store import RunDir
 from told import CODES, ENV, Ended, told
 
@@ -71,11 +72,8 @@ def test_a_run_that_is_stopped_after_any_step_ends_the_same(tmp_path: Path) -> N
                 said = str(stopped)
                 row = max(p for p in (folder / "rows").iterdir())
                 made = json.loads((row / "checkpoint" / "newest.json").read_text())["stem"]
-                saved = json.loads((row / "checkpoint" / f"{made}.json").read_text())
-                assert (
-                    f"after step {dict(dict(saved['$dict'])['stats']['$dict'])['steps']} of {OPTIM.steps}"
-                    in said
-                )
+                steps = load_state(row / "checkpoint" / made)["stats"]["steps"]
+                assert f"after step {steps} of {OPTIM.steps}" in said
                 assert "a checkpoint of task " in said
         assert kept(folder) == want and not remains(folder)
     assert stops >= 3 * OPTIM.steps

@@ -122,7 +122,7 @@ def skeleton(recipe: Recipe) -> tuple[Any, Any]:
     """The model on the meta device, and its processor."""
     source = model_source(recipe.model.name)
     name, local = where(source)
-    config = read_config(source)
+    config = read_config(source, weights=False)
     with told(f"model {name!r}", "config.json"), torch.device("meta"):
         hf = model_class(config).from_config(config)
     return hf, load_processor(name, local, config)

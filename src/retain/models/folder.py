@@ -43,8 +43,11 @@ CONVERT = (
 """Makes safetensors of a pickle, run inside the folder; `weights_only` runs nothing that is in it."""
 
 
-def looked_at(folder: Path, who: str) -> None:
-    """Check the files of a local model. Raises RetainError, which begins with `who`."""
+def looked_at(folder: Path, who: str, weights: bool = True) -> None:
+    """Check the files of a local model, which may lack its `weights` where they are not asked for.
+
+    Raises RetainError, which begins with `who`.
+    """
     if (folder / "adapter_config.json").exists():
         raise RetainError(
             f"{who}: the folder holds an adapter (adapter_config.json) beside the model, which would change it unseen; "
@@ -56,7 +59,7 @@ def looked_at(folder: Path, who: str) -> None:
         raise RetainError(f"{who}: {odd[0]} is no regular file (a pipe, a device, a broken link)")
     with told(who):
         found = {name: _object(folder / name) for name in _JSON if (folder / name).exists()}
-    sizes = _headers(folder, who, quantised="quantization_config" in found["config.json"])
+    sizes = _headers(folder, who, weights, quantised="quantization_config" in found["config.json"])
     plain(found["config.json"], f"{who}: config.json", len(sizes))
     for name in ("config.json", "generation_config.json"):
         _ids(found.get(name, {}), f"{who}: {name}")
@@ -73,11 +76,11 @@ def _object(file: Path) -> dict[str, Any]:
     return {}
 
 
-def _headers(folder: Path, who: str, *, quantised: bool) -> dict[str, tuple[int, ...]]:
+def _headers(folder: Path, who: str, needed: bool, *, quantised: bool) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors; a pickle alone, a shard that is not there and weights that are no numbers are refused."""
     with told(who):
         files = shards(folder)
-    if not files:
+    if not files and needed:
         pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
         if pickles:
             raise RetainError(

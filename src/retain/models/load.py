@@ -101,12 +101,15 @@ def load_pretrained(
     return model.to(device).eval(), processor
 
 
-def read_config(name_or_dir: str | Path, who: str = "model") -> Any:
-    """The configuration of a model, by a stock class; a local folder's files are looked at before."""
+def read_config(name_or_dir: str | Path, who: str = "model", *, weights: bool = True) -> Any:
+    """The configuration of a model, by a stock class; a local folder's files are looked at before.
+
+    `weights=False`: for a plan of it, which a folder without them is enough for.
+    """
     name, local = where(name_or_dir, who)
     who = f"{who} {str(name_or_dir)!r}"
     if local:
-        looked_at(Path(name), who)
+        looked_at(Path(name), who, weights)
     with told(who, "config.json"), silent():
         raw, _ = PreTrainedConfig.get_config_dict(name, local_files_only=local)
         plain(raw, f"{who}: config.json")
