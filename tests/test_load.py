@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from fake_model import stream as fake_stream
 from retain.commands.run import check_examples
 from retain.data import read
 from retain.data.kept import Kept
+from retain.data.picture import glanced, looked_at
 from retain.files import read_json, write_json
 from retain.method import Context
 from retain.metrics import score
@@ -272,6 +274,50 @@ def test_a_picture_without_its_end_is_found_at_the_start(
         with pytest.raises(RetainError, match=rf"task 'mine', train, row \d+.*{re.escape(name)}"):
             check_examples(pocket, Stream("s", (task,)), "all")
         (tmp_path / name).write_bytes(whole)
+
+
+def written(rng: np.random.Generator) -> dict[str, bytes]:
+    """PNG and JPEG files of many kinds, by name."""
+    out = {}
+    for mode in ("1", "L", "P", "LA", "RGB", "RGBA", "I;16", "CMYK", "YCbCr"):
+        wide, high = (int(n) for n in rng.integers(3, 90, 2))
+        picture = Image.fromarray(rng.integers(0, 256, (high, wide, 3), dtype=np.uint8))
+        picture = Image.new("I;16", (wide, high), 900) if mode == "I;16" else picture.convert(mode)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        ways: tuple[dict[str, Any], ...] = ({}, {"progressive": True}, {"exif": exif}, {"dpi": (72, 72)})
+        for k, how in enumerate(ways):
+            for kind in ("png", "jpeg"):
+                raw = io.BytesIO()
+                try:
+                    picture.save(raw, kind, **how)
+                except OSError:  # a mode that JPEG has not
+                    continue
+                out[f"{mode}{k}.{kind}"] = raw.getvalue()
+    return out
+
+
+def test_a_glance_sees_what_pillow_sees(tmp_path: Path) -> None:
+    """Of whole files the same size; of broken ones nothing that Pillow does not see too."""
+    rng, file, seen = np.random.default_rng(0), tmp_path / "x.png", 0
+    for name, raw in written(rng).items():
+        file.write_bytes(raw)
+        with Image.open(file) as theirs:
+            size = glanced(file)
+            assert size == theirs.size or (size is None and name.startswith("CMYK")), name
+            assert glanced(file, size[0] * size[1] - 1 if size else 1) is None
+        for _ in range(40):
+            bad = bytearray(raw[: int(rng.integers(1, len(raw)))] if rng.random() < 0.3 else raw)
+            bad[int(rng.integers(0, min(len(bad), 400)))] ^= int(rng.integers(1, 256))
+            file.write_bytes(bad)
+            if (size := glanced(file)) is not None:
+                image, wrong = looked_at(file)
+                assert image is not None and image.size == size, (name, wrong)
+                seen += 1
+    assert seen > 100
+    os.mkfifo(tmp_path / "pipe")
+    for odd in ("pipe", ".", "none", "n" * 300, "a\0b"):
+        assert glanced(tmp_path / odd) is None
 
 
 def test_few_rows_are_encoded_before_the_first_step(

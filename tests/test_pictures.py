@@ -549,6 +549,7 @@ def test_every_class_of_exception_becomes_one_sentence(
             assert [(f.level, f.row) for f in found] == [("error", 1)] and "a.png" in found[0].message
         with monkeypatch.context() as patched:
             patched.setattr(Image, "open", fail)
+            patched.setattr(read, "glanced", lambda *args: None)
             with pytest.raises(RetainError, match=r"d\.json, row 1, field 'image': 'a\.png': "):
                 read.examples(tmp_path / "d.json")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from retain.data.kept import Kept
-from retain.data.picture import MAX_PIXELS, WHERE, looked_at
+from retain.data.picture import MAX_PIXELS, WHERE, glanced, looked_at
 from retain.types import Example, ImageSource, Message, RetainError, Role
 
 MAX_LINE = 32 * 2**20
@@ -555,6 +555,8 @@ def _image(value: Any, at: str, file: _File) -> ImageSource:
 
 
 def _wrong_path(path: Path, max_pixels: int) -> str:
+    if glanced(path, max_pixels):
+        return ""
     try:
         if not path.is_file():
             return f"no such image under the image root ({path})"

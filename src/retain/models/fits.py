@@ -10,8 +10,8 @@ them minutes. Most rows can be told to fit without it, by an upper bound on thei
   are counted, without the template;
 - a processor's image tokens depend on a picture's size alone, so that one blank picture of each size is processed.
 
-A picture is decoded once, up to `DECODED` of them or `PIXELS` of all; of more pictures the header and the end are
-looked at, and those are decoded whose end is missing. `retain doctor` decodes all.
+A picture is decoded once, up to `DECODED` of them or `PIXELS` of all; of more PNG and JPEG files the head and the end
+are looked at, and what is not as it should be there is decoded too. `retain doctor` decodes all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import jinja2
 from jinja2 import TemplateError, nodes
 from PIL import Image as PILImage
 
-from retain.data.picture import ends, looked_at, tried
+from retain.data.picture import glanced, tried
 from retain.models.encode import Encoder
 from retain.types import Lazy, Message, Plain, RetainError
 
@@ -141,11 +141,14 @@ class Sieve:
     def _picture(self, path: Path, several: bool) -> int:
         """Tokens of one picture, looked at as far as the budget allows."""
         within = self.decoded < DECODED and self.pixels < PIXELS
-        image, _ = tried(path) if within or not ends(path) else looked_at(path)
-        if image is None:
-            return -1
-        width, height = image.size
-        image.close()
+        size = None if within else glanced(path)
+        if size is None:
+            image, _ = tried(path)
+            if image is None:
+                return -1
+            size = image.size
+            image.close()
+        width, height = size
         if within:
             self.decoded, self.pixels = self.decoded + 1, self.pixels + width * height
             return self._tokens((width, height), several)
