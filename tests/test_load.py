@@ -31,8 +31,9 @@ from fake_model import FakeModel
 from fake_model import stream as fake_stream
 from retain.commands.run import check_examples
 from retain.data import read
+from retain.data.glance import glanced
 from retain.data.kept import Kept
-from retain.data.picture import glanced, looked_at
+from retain.data.picture import looked_at
 from retain.files import read_json, write_json
 from retain.method import Context
 from retain.metrics import score

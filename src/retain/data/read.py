@@ -17,8 +17,9 @@ from os.path import normpath
 from pathlib import Path
 from typing import IO, Any
 
+from retain.data.glance import glanced
 from retain.data.kept import Kept
-from retain.data.picture import MAX_PIXELS, WHERE, glanced, looked_at
+from retain.data.picture import MAX_PIXELS, WHERE, looked_at
 from retain.types import Example, ImageSource, Message, RetainError, Role
 
 MAX_LINE = 32 * 2**20

@@ -25,7 +25,8 @@ import jinja2
 from jinja2 import TemplateError, nodes
 from PIL import Image as PILImage
 
-from retain.data.picture import glanced, tried
+from retain.data.glance import glanced
+from retain.data.picture import tried
 from retain.models.encode import Encoder
 from retain.types import Lazy, Message, Plain, RetainError
 
