@@ -308,8 +308,10 @@ def files_of_pictures() -> dict[str, bytes]:
 
 FOREIGN = {
     "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n",
-    "PDF": b"%PDF-1.4\n1 0 obj<<>>endobj\n", "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a zip": b"PK\3\4" + b"\0" * 60,
-    "WMF": b"\xd7\xcd\xc6\x9a\0\0" + b"\0" * 80, "GRIB": b"GRIB\0\0\0\1" + b"\0" * 60, "HDF5": b"\x89HDF\r\n\x1a\n" + b"\0" * 60,
+    "PDF": b"%PDF-1.4\n1 0 obj<<>>endobj\n",
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a zip": b"PK\3\4" + b"\0" * 60,
+    "WMF": b"\xd7\xcd\xc6\x9a\0\0" + b"\0" * 80,
+    "GRIB": b"GRIB\0\0\0\1" + b"\0" * 60, "HDF5": b"\x89HDF\r\n\x1a\n" + b"\0" * 60,
     "a pickle": b"\x80\x04\x95\x10", "nothing": b"", "MPEG": b"\0\0\1\xb3\x01\0\x10" + b"\0" * 60, "FLI": b"\0" * 128,
 }  # fmt: skip
 
@@ -454,7 +456,8 @@ def _model(name: str) -> Path:
 TEMPLATES = {
     "half": "{% for m in messages %}{{ m['content']", "no such filter": "{{ messages | nofilter }}",
     "endless": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x",
-    "large range": "{% for i in range(10**9) %}{% endfor %}", "a power": "{{ 9**9**9 }}", "a product": "{{ 'x' * 10000000000 }}",
+    "large range": "{% for i in range(10**9) %}{% endfor %}",
+    "a power": "{{ 9**9**9 }}", "a product": "{{ 'x' * 10000000000 }}",
     "calls itself": "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
     "doubles": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
     "empty": "", "one word": "x", "attribute": "{{ messages.__class__.__mro__ }}", "raises": "{{ raise_exception('no') }}",
@@ -467,7 +470,7 @@ def _weights(rng: random.Random, folder: Path) -> tuple[str, fuzz.Expected]:
     tensors = load_file(file)
     key = rng.choice(sorted(k for k in tensors if "layers.0" in k or "embed_tokens" in k or "lm_head" in k))
     t = tensors.pop(key)
-    index = {"metadata": {}, "weight_map": {key: "a.safetensors"}}
+    index: dict[str, Any] = {"metadata": {}, "weight_map": {key: "a.safetensors"}}
     how = rng.choice(
         [
             "lost",
@@ -507,7 +510,7 @@ def _weights(rng: random.Random, folder: Path) -> tuple[str, fuzz.Expected]:
                 key: rng.choice(["../a.safetensors", "/etc/passwd", "", ".", "a.bin", "model"])
             }
         if rng.random() < 0.3:
-            index["weight_map"] = rng.choice([[], {}, "x", None, {key: 3}, {key: None}])  # type: ignore[assignment]
+            index["weight_map"] = rng.choice([[], {}, "x", None, {key: 3}, {key: None}])
         file.unlink()
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif how == "pickle":

@@ -157,7 +157,7 @@ RECIPE: dict[str, Case] = {
     "no such model": (lambda d: ["model=./nowhere"], ["model", "./nowhere"]),
     "model folder without model": (lambda d: ["model=images"], ["model", "images", "config.json"]),
     "unknown family": (lambda d: ["model.family=llama"], ["family", "llama", "llava"]),
-    "too long": (lambda d: ["model.max_length=8"], ["8", "colour"]),
+    "too long": (lambda d: ["model.max_length=8"], ["8", "colour_train.json, row 1)"]),
     "eval batch": (lambda d: ["eval.batch_size=0"], ["eval.batch_size", "0"]),
     "recipe broken": (lambda d: text(d, "mine.yaml", "model: ["), ["mine.yaml", "line 1", "YAML"]),
     "recipe of a number": (lambda d: text(d, "mine.yaml", "3"), ["mine.yaml", "a mapping"]),

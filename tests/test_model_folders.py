@@ -240,7 +240,7 @@ def test_an_adapter_beside_the_model(folder: Path) -> None:
 def test_the_guide_is_looked_at_as_the_model_is(folder: Path) -> None:
     with pytest.raises(RetainError, match=r"guide .* no CLIP model"):
         _Clip(folder, torch.device("cpu"))
-    with pytest.raises(RetainError, match="guide .*no such folder"):
+    with pytest.raises(RetainError, match=r"guide .*no such folder"):
         _Clip(str(folder / "gone"), torch.device("cpu"))
 
 
@@ -261,7 +261,8 @@ def test_the_guard_forgets_a_model_whose_config_changed(
 ENDLESS = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "doubles": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "calls itself": "{% macro f(n) %}{% for i in [1, 2] %}{% if n %}{{ f(n - 1) }}{% endif %}{% endfor %}{% endmacro %}{{ f(90) }}",
+    "calls itself": "{% macro f(n) %}{% for i in [1, 2] %}{% if n %}{{ f(n - 1) }}{% endif %}"
+    "{% endfor %}{% endmacro %}{{ f(90) }}",
     "a power": "{{ 9 ** 9 ** 9 }}",
     "a product": "{{ 'x' * 9999999999 }}",
     "a long product": "{{ 'x' * 99999 * 99999 }}",

@@ -176,7 +176,8 @@ class _Walk:
                 self.edges[self._sequence(branch, self._edge(start, None))].append((None, end))
             return end
         if kind in (op.MAX_REPEAT, op.MIN_REPEAT):
-            return self._repeat(*value, start)
+            low, high, body = value
+            return self._repeat(low, high, body, start)
         raise _Unwalkable(f"it uses {str(kind).lower().replace('_', ' ')}")
 
     def _repeat(self, low: int, high: int, body: Any, start: int) -> int:

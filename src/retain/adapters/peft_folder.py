@@ -301,7 +301,9 @@ MODULES = 100_000
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < abs(value) < 1e30  # NaN is not
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 < abs(value) < 1e30
+    )  # NaN is not
 
 
 def _rank(value: object) -> bool:

@@ -240,7 +240,9 @@ def _unfit(row: Any) -> str:
         elif isinstance(value, Mapping | list | tuple):
             wrong = "lists and objects are nested too deep" if len(at) > DEEP else ""
             keyed = isinstance(value, Mapping)
-            left += [(v, (*at, k)) for k, v in (value.items() if keyed else enumerate(value))]
+            left += [
+                (v, (*at, k)) for k, v in (value.items() if isinstance(value, Mapping) else enumerate(value))
+            ]
             wrong = wrong or (next((w for k in value if (w := _no_text(str(k)))), "") if keyed else "")
         else:
             continue
@@ -538,6 +540,10 @@ def _image(value: Any, at: str, file: _File) -> ImageSource:
     name = _str(value, at)
     if not name.strip():
         raise RetainError(f"{at}: the image's path is empty")
+    if len(name) > MAX_ID:
+        raise RetainError(
+            f"{at}: {_show(name)}: a path of {len(name):,} characters; at most {MAX_ID:,} are taken"
+        )
     path = Path(normpath(file.root / name))
     if not path.is_relative_to(normpath(file.root)):
         raise RetainError(f"{at}: {name!r} leaves the image root {str(file.root)!r}")
