@@ -307,7 +307,7 @@ def test_a_glance_sees_what_pillow_sees(tmp_path: Path) -> None:
             size = glanced(file)
             assert size == theirs.size or (size is None and name.startswith("CMYK")), name
             assert glanced(file, size[0] * size[1] - 1 if size else 1) is None
-        for _ in range(40):
+        for _ in range(12):
             bad = bytearray(raw[: int(rng.integers(1, len(raw)))] if rng.random() < 0.3 else raw)
             bad[int(rng.integers(0, min(len(bad), 400)))] ^= int(rng.integers(1, 256))
             file.write_bytes(bad)
@@ -315,7 +315,7 @@ def test_a_glance_sees_what_pillow_sees(tmp_path: Path) -> None:
                 image, wrong = looked_at(file)
                 assert image is not None and image.size == size, (name, wrong)
                 seen += 1
-    assert seen > 100
+    assert seen > 30
     os.mkfifo(tmp_path / "pipe")
     for odd in ("pipe", ".", "none", "n" * 300, "a\0b"):
         assert glanced(tmp_path / odd) is None
