@@ -28,8 +28,8 @@ FIRST = [
     "llaca", "llaca_groups_paper", "llaca_groups_bounded", "groups", "lora_oracle", "lora_per_task",
 ]  # fmt: skip
 LONG = [
-    "lora", "ema_099", "ema_09965", "interpolate", "llaca_official", "llaca_kappa", "llaca_means", "llaca_paper", "llaca_bounded",
-    "replay",
+    "lora", "ema_099", "ema_09965", "interpolate", "llaca_official", "llaca_kappa", "llaca_means",
+    "llaca_paper", "llaca_bounded", "replay",
 ]  # fmt: skip
 
 ORDERS = {
