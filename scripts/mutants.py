@@ -45,7 +45,7 @@ from mutate import PACKAGE, Mutant, mutants
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("methods", "merge", "metrics")
-FILES = ("models/guide.py", "models/generate.py", "models/decoder.py")
+FILES = ("models/guide.py", "models/generate.py", "models/decoder.py", "order.py", "run/order.py")
 EQUIVALENT = ROOT / "scripts" / "equivalent.json"
 
 ROUTES = ("tests/test_methods_hide_disco.py", "tests/test_methods_data_routes.py")
@@ -54,6 +54,7 @@ MERGING = ("tests/test_methods_merging.py",)
 MERGE = ("tests/test_merge.py", "tests/test_merge_analyse.py", "tests/test_merge_folders.py", *MERGING)
 METRICS = ("tests/test_metrics.py", "tests/test_scores.py")
 CONCERNS: dict[str, tuple[str, ...]] = {
+    "methods/_llaca": ("tests/test_methods_llaca.py", "tests/test_laws.py::llaca"),
     "methods/_merging": (*MERGING, "tests/test_methods_model_tailor.py"),
     "methods/_parts": (*ROUTES, "tests/test_methods_penalties.py", "tests/test_laws.py::disco"),
     "methods/_projection": ORTHOGONAL,
@@ -64,6 +65,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "methods/gpm": (*ORTHOGONAL, "tests/test_laws.py::gpm"),
     "methods/hide": (*ROUTES, "tests/test_laws.py::hide"),
     "methods/instruction_groups": ("tests/test_methods_data_routes.py", "tests/test_laws.py::groups"),
+    "methods/interpolate": ("tests/test_methods_interpolate.py", "tests/test_laws.py::interpolate"),
     "methods/llaca": ("tests/test_methods_llaca.py", "tests/test_laws.py::llaca"),
     "methods/lora": ("tests/test_methods_penalties.py", "tests/test_laws.py::lora]"),
     "methods/lora_per_task": (*ROUTES, "tests/test_laws.py::lora_per_task"),
@@ -90,6 +92,8 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "metrics/choices": ("tests/test_grammar.py", *METRICS),
     "metrics/scores": ("tests/test_scores.py", "tests/test_grammar.py", "tests/test_data.py"),
     "metrics/render": ("tests/test_metrics.py", "tests/test_report.py"),
+    "order": ("tests/test_stacks.py",),
+    "run/order": ("tests/test_stacks.py",),
     "models/guide": ("tests/test_guide.py", "tests/test_hf.py", "tests/test_methods_modal_prompt.py"),
     "models/generate": ("tests/test_decoder.py", "tests/test_hf.py", "tests/test_stacked.py"),
     "models/decoder": ("tests/test_decoder.py", "tests/test_hf.py", "tests/test_stacked.py"),
