@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class InProcess:
     sites: Mapping[str, Site]
     tamper: Tamper | None = None
 
-    def ask(self, calls: Sequence[tuple[str, bytes]]) -> Iterator[tuple[str, Reply]]:
+    def ask(self, calls: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, Reply]]:
         """Every client's work in turn. Its own trouble is its reply, as over a network."""
         for client, data in calls:
             work = self._work(client, data)

@@ -11,15 +11,17 @@ one round is the central run.
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from retain.adapters.bank import Mix
 from retain.federated.admit import Expected, admitted, outliers
@@ -47,8 +49,11 @@ Reply = bytes | str
 class Transport(Protocol):
     """What carries messages between a server and its clients."""
 
-    def ask(self, calls: Sequence[tuple[str, bytes]]) -> Iterator[tuple[str, Reply]]:
-        """Give each client its message; every client answers once, in any order, with a message or a reason."""
+    def ask(self, calls: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, Reply]]:
+        """Give each client its message; every client answers once, in any order, with a message or a reason.
+
+        A message is made when it is taken, so that not all of them need be in memory.
+        """
         ...
 
 
@@ -137,11 +142,14 @@ class StageRun:
     checkpoints: Checkpoints | None
     stats: RoundStats = field(default_factory=RoundStats)
     tokens: dict[str, Token] = field(default_factory=dict)  # by client and unit
-    met: list[list[str]] = field(default_factory=list)  # who answered in this stage, with which unit
+    made: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # this stage's adapters, as they began
+    met: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # who answered in this stage, and with which units
 
     def run(self, on_step: Callable[[int, float], None], stop: Stop | None) -> RoundStats:
         """The rounds, then the stage's end."""
-        fed, ctx, bank, started = self.fed, self.ctx, self.model.adapters, time.perf_counter()
+        fed, ctx, started = self.fed, self.ctx, time.perf_counter()
         names = [s.name for s in fed.split.stages]
         self.index = names.index(ctx.task.name)
         self.stage = fed.split.stages[self.index]
@@ -153,7 +161,7 @@ class StageRun:
         for r in range(first, fed.spec.rounds):
             state, loss = self._round(r, state)
             self.stats.seconds = time.perf_counter() - started
-            if self.checkpoints and r + 1 < fed.spec.rounds + 1:
+            if self.checkpoints:
                 self.checkpoints.save(self._snapshot(state, r + 1))
             on_step(self.stats.steps, loss)
             if stop is not None and stop() and self.checkpoints:
@@ -177,26 +185,23 @@ class StageRun:
         told, _ = self.half.parted(self.half.state_dict())
         self.state = packed(told, self.half.name)
 
-    def _own(self, state: ServerState) -> None:
-        """Bank and method are the server's again: clients in this process share them."""
-        bank, have = self.model.adapters, dict(state.weights)
-        start = {n: t for n, t in self.start.items()}
-        for name in [n for n in adapters_of(have) if n not in start]:
-            start[name] = own(have, name)
-        if bank.names != list(start):
+    def _own(self) -> None:
+        """Bank and method as the server had them: clients in this process share both."""
+        bank = self.model.adapters
+        if bank.names != list(self.start):
             empty(bank)
-            for name, tensors in start.items():
+            for name, tensors in self.start.items():
                 bank.add(name, Generator(), paths={k.rpartition(".")[0] for k in tensors})
-        for name, tensors in start.items():
+        for name, tensors in self.start.items():
             bank.load(name, tensors)
-        bank.train_only(*[n for n in self.trains if n in bank.names])
+        bank.train_only(*self.trains)
         bank.mix = self.on
-        told = unpacked(self.state[0], self.state[1], self.half.name)
+        told = unpacked(*self.state, self.half.name)
         self.half.load_state_dict(self.half.whole(told, {}))
 
     def _end(self, state: ServerState) -> None:
         fed, bank = self.fed, self.model.adapters
-        self._own(state)
+        self._own()
         fed.server.deploy(state, self.ctx, self.method)
         if bad := broken({f"adapter {n}": dict(bank.parameters(n)) for n in bank.names}):
             raise RetainError(
@@ -215,12 +220,11 @@ class StageRun:
     def _close(self, state: ServerState) -> None:
         """What the method learns of the data at a stage's end: on every client that took part, then joined."""
         fed, bank = self.fed, self.model.adapters
-        infos = [(client, unit) for client, unit in self.met]
-        calls = [
-            (c, self._call("close", c, unit, CLOSE, state, adapters_of(state.weights))) for c, unit in infos
-        ]
+        names = adapters_of(state.weights)
+        calls = {
+            c: partial(self._call, "close", c, units, CLOSE, state, names) for c, units in self.met.items()
+        }
         states, weights, mixes = list[Mapping[str, Any]](), list[float](), list[Any]()
-        units = dict(infos)
         for client, reply in self._ask(calls):
             expected = self._expected(CLOSE, "close")
             head, why = expected.words(client, reply)
@@ -238,12 +242,12 @@ class StageRun:
                 self._refused(CLOSE, client, str(error))
                 continue
             states.append(told)
-            weights.append(float(self._n(client, units[client])))
+            weights.append(float(sum(self._n(client, u) for u in self.met[client])))
         if not states:
             raise RetainError(
                 f"stage {self.ctx.task.name!r}: no client answered at its end; start the run again to go on"
             )
-        self._own(state)
+        self._own()
         fed.server.deploy(state, self.ctx, self.method)
         self.half.load_state_dict(self.half.whole(self.half.joined(states, weights), {}))
         if any(m != mixes[0] for m in mixes[1:]):
@@ -262,18 +266,18 @@ class StageRun:
                 f"{self._at(r)}: none of {list(selected)} answered; start the run again to go on"
             )
         if not fed.server.whole_bank:  # it may make new adapters
-            self._own(state)
+            self._own()
         state, who = fed.server.place(state, infos, self.ctx)
+        for name in [n for n in adapters_of(state.weights) if n not in self.start]:
+            self.start[name] = self.made[name] = own(state.weights, name)
         units = dict(selected)
-        calls, given = [], {}
-        for info in infos:
-            given[info.client] = fed.server.send(state, info, who[info.client])
-            data = self._call(
-                "train", info.client, units[info.client], r, state, who[info.client], given[info.client]
-            )
-            calls.append((info.client, data))
-        with TemporaryDirectory(prefix="retain-round-") as folder:
-            updates, losses = self._answers(r, calls, given, units, Path(folder))
+        given = {i.client: fed.server.send(state, i, who[i.client]) for i in infos}
+        calls = {
+            c: partial(self._call, "train", c, [units[c]], r, state, who[c], tensors)
+            for c, tensors in given.items()
+        }
+        with self._spool() as folder:
+            updates, losses = self._answers(r, calls, given, units, folder)
             if not updates:
                 raise RetainError(
                     f"{self._at(r)}: no client's answer could be used ({self.last}); start the run again to go on"
@@ -286,8 +290,8 @@ class StageRun:
         n = {u.client: u.n for u in updates}
         loss = sum(losses[c] * n[c] for c in n) / sum(n.values())
         for client in n:
-            if [client, units[client]] not in self.met:
-                self.met.append([client, units[client]])
+            trained = self.met.setdefault(client, [])
+            trained += [units[client]] if units[client] not in trained else []
         self.stats.rounds, self.stats.last_loss = r + 1, loss
         self.ctx.log(kind="step", task=self.ctx.task.name, step=self.stats.steps, loss=loss, losses=[loss],
                      first=self.stats.steps, lr={})  # fmt: skip
@@ -310,11 +314,9 @@ class StageRun:
 
     def _infos(self, r: int, selected: Sequence[tuple[str, str]], state: ServerState) -> list[ClientInfo]:
         """What is known of them, their tokens asked for where the server needs them."""
-        missing = [
-            (c, u) for c, u in selected if self.fed.server.asks_token and f"{c}/{u}" not in self.tokens
-        ]
-        calls = [(c, self._call("token", c, u, r, state, [])) for c, u in missing]
-        units = dict(missing)
+        asks = self.fed.server.asks_token
+        units = {c: u for c, u in selected if asks and f"{c}/{u}" not in self.tokens}
+        calls = {c: partial(self._call, "token", c, [u], r, state, []) for c, u in units.items()}
         for client, reply in self._ask(calls):
             token, why = self._expected(r, "token").token(client, reply, self._n(client, units[client]))
             if token is None:
@@ -322,12 +324,12 @@ class StageRun:
             else:
                 self.tokens[f"{client}/{units[client]}"] = token
         infos = [ClientInfo(c, self._n(c, u), self.tokens.get(f"{c}/{u}")) for c, u in selected]
-        return [i for i in infos if i.token is not None or not self.fed.server.asks_token]
+        return [i for i in infos if i.token is not None or not asks]
 
     def _answers(
         self,
         r: int,
-        calls: Sequence[tuple[str, bytes]],
+        calls: Mapping[str, Callable[[], bytes]],
         given: Mapping[str, Any],
         units: Mapping[str, str],
         folder: Path,
@@ -350,7 +352,7 @@ class StageRun:
         for client, why in outliers(norms, self.fed.spec.outlier).items():
             self._refused(r, client, why)
             del found[client]
-        return [found[c] for c, _ in calls if c in found], losses
+        return [found[c] for c in calls if c in found], losses
 
     def _count(self, head: Mapping[str, Any]) -> float:
         """Add what a client's fit took."""
@@ -361,10 +363,17 @@ class StageRun:
         s.peak_memory_bytes = max(s.peak_memory_bytes, int(told["peak_memory_bytes"]))
         return float(told["last_loss"])
 
-    def _ask(self, calls: Sequence[tuple[str, bytes]]) -> Iterator[tuple[str, Reply]]:
-        self.stats.sent += sum(len(data) for _, data in calls)
-        waiting = {client for client, _ in calls}
-        for client, reply in self.transport.ask(calls) if calls else ():
+    def _ask(self, calls: Mapping[str, Callable[[], bytes]]) -> Iterator[tuple[str, Reply]]:
+        """Every client's reply, once; bytes are counted as they pass."""
+        waiting = set(calls)
+
+        def each() -> Iterator[tuple[str, bytes]]:
+            for client, make in calls.items():
+                data = make()
+                self.stats.sent += len(data)
+                yield client, data
+
+        for client, reply in self.transport.ask(each()) if calls else ():
             if client in waiting:  # a second answer of one client is none
                 waiting.remove(client)
                 self.stats.received += len(reply) if isinstance(reply, bytes) else 0
@@ -373,7 +382,7 @@ class StageRun:
             yield client, "no answer"
 
     def _call(
-        self, kind: str, client: str, unit: str, r: int, state: ServerState, names: Sequence[str],
+        self, kind: str, client: str, units: Sequence[str], r: int, state: ServerState, names: Sequence[str],
         given: Mapping[str, Any] | None = None,
     ) -> bytes:  # fmt: skip
         """A message to a client. What it has at the stage's start is sent apart only where the method looks at it."""
@@ -382,25 +391,18 @@ class StageRun:
         k = fed.split.clients.index(client)
         at = 0 if kind != "train" else r
         head: dict[str, Any] = {
-            "kind": kind, "recipe": fed.recipe, "stage": ctx.task.name, "index": self.index, "round": r, "unit": unit,
+            "kind": kind, "recipe": fed.recipe, "stage": ctx.task.name, "index": self.index, "round": r,
+            "units": list(units),
             "seed": ctx.seed + 7919 * (at * len(fed.split.clients) + k), "seen": list(ctx.seen),
         }  # fmt: skip
         if kind == "token":
             return Message(head).to_bytes()
-        current = dict(state.weights) if given is None else {k: t for k, t in given.items() if "@" not in k}
+        names = list(self.start) if fed.server.whole_bank else list(names)
+        begin = {f"{n}/{k}": t for n in names for k, t in self.start[n].items()}
+        current = {k: t for k, t in (state.weights if given is None else given).items() if "@" not in k}
         channels = {k: t for k, t in (given or {}).items() if "@" in k}
-        bank_names = [*self.start, *[n for n in names if n not in self.start]]
-        names = bank_names if fed.server.whole_bank else list(names)
-        whole = {f"{n}/{k}": t for n in names for k, t in self.start.get(n, {}).items()}
-        moved = {
-            k: t for k, t in current.items() if k not in whole or not torch.equal(t, whole[k].float().cpu())
-        }
-        apart = bool(self.needs_start) and kind == "train" and all(k in whole for k in moved)
-        start = whole if apart else {**whole, **current}
-        now = moved if apart else {}
-        if apart and moved:
-            touched = adapters_of(moved)
-            now = {k: t for k, t in current.items() if k.split("/", 1)[0] in touched}
+        apart = kind == "train" and r > 0 and self.needs_start
+        start, now = (begin, current) if apart else ({**begin, **current}, {})
         parts = {"start": start, "now": now, "x": channels, "s": tensors}
         flat = {f"{part}/{k}": t for part, found in parts.items() for k, t in found.items()}
         return Message({**head, "names": names, "mix": self.mix, "state": skeleton}, flat).to_bytes()
@@ -421,6 +423,21 @@ class StageRun:
         at = "close" if r == CLOSE else r + 1
         self.ctx.log(kind="client_left_out", task=self.ctx.task.name, round=at, client=client, why=why)
 
+    @contextmanager
+    def _spool(self) -> Iterator[Path]:
+        """A folder for a round's answers, on the run's own disk; what a killed round left is swept."""
+        if self.checkpoints is None:
+            with TemporaryDirectory(prefix="retain-round-") as folder:
+                yield Path(folder)
+            return
+        path = self.checkpoints.path.parent / "answers.part"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
     def _snapshot(self, state: ServerState, done: int) -> dict[str, Any]:
         tokens = {k: {"image": t.image_F, "text": t.text_D, "n": t.n} for k, t in self.tokens.items()}
         server = {"weights": dict(state.weights), "memory": dict(state.memory)}
@@ -428,13 +445,15 @@ class StageRun:
         stats = {k: v for k, v in asdict(self.stats).items() if k not in rounds}
         return {
             "stats": stats, "adapters": {}, "method": {}, "optimizer": {}, "federated": rounds, "server": server,
-            "tokens": tokens, "met": self.met, "round": done,
+            "tokens": tokens, "met": self.met, "made": self.made, "round": done,
         }  # fmt: skip
 
     def _restore(self, saved: Mapping[str, Any]) -> tuple[ServerState, int]:
         """As the last whole round left it."""
         self.stats = RoundStats(**saved["stats"], **saved["federated"])
         self.tokens = {k: Token(t["image"], t["text"], t["n"]) for k, t in saved["tokens"].items()}
-        self.met = [list(m) for m in saved["met"]]
+        self.met = {c: list(units) for c, units in saved["met"].items()}
+        self.made = dict(saved["made"])
+        self.start |= self.made
         state = ServerState(saved["server"]["weights"], saved["server"]["memory"])
         return state, int(saved["round"])

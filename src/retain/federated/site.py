@@ -31,7 +31,7 @@ from retain.run.states import load_state, packed, save_state, unpacked
 from retain.run.store import empty
 from retain.run.train import Optim, fit, micro_size
 from retain.stream import Stream, Task
-from retain.types import Examples, RetainError, digest
+from retain.types import Examples, Joined, RetainError, digest
 
 
 class AtHome(Stack):
@@ -178,9 +178,10 @@ class Site:
 
     def _context(self, call: Message) -> Context:
         head = call.head
-        rows = self.rows(head["unit"])
+        parts = [self.rows(str(u)) for u in head["units"]]
+        rows = parts[0] if len(parts) == 1 else Joined(*parts)
         if not len(rows):
-            raise RetainError(f"client {self.client!r} has no row of {head['unit']!r}")
+            raise RetainError(f"client {self.client!r} has no row of {head['units']}")
         task = Task(head["stage"], rows, (), score("exact"))
         ctx = Context(self.model, task, Stream("site", (task,)), list(head["seen"]), int(head["seed"]))
         ctx.batch_size, ctx.turns = self.optim.batch_size, self.optim.turns
