@@ -55,7 +55,7 @@ def federation(
     tamper: Tamper | None = None,
 ) -> Federation:
     """The trainer of a federated run in this process; each client keeps what stays with it under `kept`."""
-    split = make(spec, stream, seed)
+    split = make(spec, stream)
 
     def rows_of(client: str) -> Callable[[str], Examples]:
         return lambda unit: split.examples(unit, client, stream)

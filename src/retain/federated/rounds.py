@@ -26,10 +26,11 @@ from torch import Generator, Tensor
 from retain.adapters.bank import Mix
 from retain.federated.admit import Expected, admitted, outliers
 from retain.federated.message import Message
+from retain.federated.places import seats
 from retain.federated.server import ClientInfo, Server, ServerState, Update, adapters_of, own
 from retain.federated.site import CLOSE
 from retain.federated.spec import FederatedSpec
-from retain.federated.split import Split, Stage, sample
+from retain.federated.split import Split, Stage
 from retain.method import Context, Method
 from retain.methods.disco import Token
 from retain.models.base import Model
@@ -303,14 +304,8 @@ class StageRun:
         return state, loss
 
     def _selected(self, r: int) -> list[tuple[str, str]]:
-        """The round's clients, each with the unit that its place stands for."""
-        fed = self.fed
-        units = self.stage.units
-        if len(set(units)) == 1:
-            there = [c for c, n in fed.split.counts(units[0]).items() if n]
-            return [(c, units[0]) for c in sample(fed.spec, self.index, r, there, self.ctx.seed)]
-        chosen = sample(fed.spec, self.index, r, list(fed.split.clients), self.ctx.seed)
-        return [(c, u) for c, u in zip(chosen, units, strict=False) if fed.split.counts(u).get(c)]
+        """The round's clients, each with the unit that it learns."""
+        return seats(self.fed.spec, self.fed.split, self.index, r, self.ctx.seed)
 
     def _infos(self, r: int, selected: Sequence[tuple[str, str]], state: ServerState) -> list[ClientInfo]:
         """What is known of them, their tokens asked for where the server needs them."""
