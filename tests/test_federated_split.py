@@ -242,6 +242,8 @@ def test_places_go_to_clients_who_have_the_unit() -> None:
         got = seats(s, split, 0, r, 0)
         assert [u for _, u in got] == ["a", "b", "c"] and len({c for c, _ in got}) == 3
         assert all(split.counts(u)[c] for c, u in got)
+    s, split = held({"p": "ab", "q": "a"}, per_round=2)  # one way alone, whoever is drawn first
+    assert all(seats(s, split, 0, r, 0) == [("q", "a"), ("p", "b")] for r in range(8))
     s, split = held({"p": "b", "q": "ab", "r": "a"})  # one way for two places alone: nobody has c
     assert {u for _, u in seats(s, split, 0, 0, 0)} == {"a", "b"}
     assert seats(s, split, 0, 0, 0, there=["r"]) == [("r", "a")]
@@ -427,6 +429,10 @@ def test_under_task_a_client_may_lack_a_file(tmp_path: Path) -> None:
     assert make(replace(s, partitions=str(tmp_path / "out")), stream) == split
     with pytest.raises(RetainError, match=r"every client needs one, unless federated\.skew is 'task'"):
         make(replace(s, partitions=str(tmp_path / "out"), skew="even"), stream)
+    for path in (tmp_path / "out" / "Task2").iterdir():
+        path.write_text("[]")
+    with pytest.raises(RetainError, match=r"federated: no client has rows of \['b'\]"):
+        make(replace(s, partitions=str(tmp_path / "out")), stream)
 
 
 def test_files_are_written_whole_or_not(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ def by_pool(
     files: list[list[Indices]] = [[] for _ in range(clients)]
     for k, pool in enumerate(pools):
         share_K = drawn(beta, clients, rng) if fixed is None else fixed[k]
-        ends = np.floor(np.cumsum(share_K) * len(pool) + 1e-9).astype(np.int64)  # a sum of 1 - 1e-16 is 1
-        ends[np.flatnonzero(share_K)[-1:]] = len(pool)
+        ends = np.floor(np.cumsum(share_K) * len(pool)).astype(np.int64)
+        ends[np.flatnonzero(share_K)[-1:]] = len(pool)  # a sum of 1 - 1e-16 is 1
         for file, block in zip(files, blocks(shuffled(pool, rng), np.maximum.accumulate(ends))):
             file.append(block)
     return [np.concatenate(file) for file in files]
