@@ -18,7 +18,7 @@ LAYERS = [
     {"data", "adapters"},
     {"models"},
     {"method"},
-    {"merge", "metrics", "federated.server"},
+    {"merge", "metrics"},
     {"methods"},
     {"run"},
     {"federated", "benchmarks", "pocket", "report", "serve"},
@@ -32,15 +32,14 @@ ORDER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 APART = {"models": {"method", "methods"}, "methods": {"run", "methods"}}
 """Beyond the order: models know no method; methods import neither each other nor the trainer."""
 
-DOORS = {("retain.method", "retain.methods")}
-"""The registry imports the package of methods when it is asked what there is; it names none of them."""
+DOORS = {("retain.method", "retain.methods"), ("retain.federated.server", "retain.federated.servers")}
+"""A registry imports the package of what registers when it is asked what there is; it names none of them."""
 
 
 def layer_of(module: str) -> str:
-    """`retain.models.hf` -> `models`; `retain.federated.server` keeps two names."""
+    """`retain.models.hf` -> `models`."""
     parts = module.split(".")[1:]
-    two = ".".join(parts[:2])
-    return two if two in ORDER else parts[0] if parts else ""
+    return parts[0] if parts else ""
 
 
 def imports(path: Path) -> list[str]:
@@ -119,7 +118,6 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 def test_it_can_fail() -> None:
     assert ORDER["run"] > ORDER["models"] and ORDER["__main__"] == max(ORDER.values())
-    assert layer_of("retain.federated.server") != layer_of("retain.federated.rounds")
     source = "from retain.cli import main\ndef f():\n    import retain.run.train\n"
     found = [n for node in ast.walk(ast.parse(source)) for n in _names(node)]
     assert found == ["retain.cli", "retain.run.train"]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 import traceback
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +20,18 @@ import torch
 from retain import method as methods
 from retain.config import FilesSpec, Recipe, TaskSpec, benchmark_call
 from retain.data import read
+from retain.federated.local import federation
+from retain.federated.rounds import Federation
+from retain.federated.server import Server
+from retain.federated.server import build as build_server
+from retain.federated.server import known as known_servers
+from retain.federated.spec import FederatedSpec
 from retain.method import Method
 from retain.metrics import score
 from retain.plain import Plain, prefixed, read_small, real_path, short, whole_text
 from retain.run.engine import Engine
 from retain.stream import Stream, Task
-from retain.types import RetainError
+from retain.types import RetainError, digest
 from retain.values import fill
 
 if TYPE_CHECKING:
@@ -47,6 +55,34 @@ def build_stream(recipe: Recipe) -> Stream:
     else:
         stream = _benchmark(recipe.stream, where)
     return stream.on_valid() if recipe.eval.split == "valid" else stream
+
+
+def build_federation(recipe: Recipe, stream: Stream, method: Method, kept: Path) -> Federation:
+    """The coordinator with clients in this process; each keeps what stays with it under `kept`."""
+    spec = recipe.federated
+    assert spec is not None
+    server = server_of(spec, method)
+    agreed = agreement(recipe, server)
+    return prefixed(
+        f"{recipe.path}: federated",
+        lambda: federation(spec, server, stream, recipe.seed, kept, agreed=agreed),
+    )
+
+
+def server_of(spec: FederatedSpec, method: Method) -> Server:
+    """The recipe's server; where it names none, the one that serves the method, else FedAvg."""
+    if spec.server:
+        return build_server(spec.server)
+    parts = {p.name for p in method.parts}
+    return build_server(next((n for n, s in known_servers().items() if s.of in parts), "fedavg"))
+
+
+def agreement(recipe: Recipe, server: Server) -> str:
+    """A hash of what a server and its clients must have alike, whatever their paths: version, adapters, method, steps."""
+    plain = recipe.resolved()
+    return digest(
+        [version("retain"), plain["adapter"], plain["method"], plain["optim"], server.name, asdict(server)]
+    )  # type: ignore[call-overload]
 
 
 def build_model(recipe: Recipe, device: torch.device | None = None) -> HFModel:

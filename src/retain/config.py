@@ -23,6 +23,8 @@ from pydantic import Field
 from retain import benchmarks
 from retain.adapters.kinds import KINDS, Spec
 from retain.data.picture import MAX_PIXELS
+from retain.federated.server import build as build_server
+from retain.federated.spec import FederatedSpec
 from retain.metrics import score
 from retain.plain import Plain, kind, near, override, plain, prefixed, read_small, read_yaml, real_path, short
 from retain.run.engine import Device
@@ -97,6 +99,7 @@ class Recipe:
     plugins: tuple[Path, ...] = ()
     track: tuple[str, ...] = ()
     reuse: Path | None = None
+    federated: FederatedSpec | None = None
 
     def resolved(self) -> Plain:
         """Every value as plain data with absolute paths: `parse` makes the same recipe from it anywhere."""
@@ -113,6 +116,7 @@ class Recipe:
             "plugins": [str(p) for p in self.plugins],
             "track": list(self.track),
             "reuse": str(self.reuse) if self.reuse else "",
+            **({"federated": asdict(self.federated)} if self.federated else {}),
         }
 
 
@@ -178,7 +182,19 @@ def _recipe(plain: Plain, path: Path) -> Recipe:
         plugins=tuple(_existing(base, p, f"{path}: plugins") for p in top.plugins),
         track=tuple(top.track),
         reuse=real_path(top.reuse, f"{path}: reuse") if top.reuse else None,
+        federated=_federated(top.federated, path, base),
     )
+
+
+def _federated(data: Plain | None, path: Path, base: Path) -> FederatedSpec | None:
+    """The `federated:` block; its server is built once, so that a wrong one is told now."""
+    if data is None:
+        return None
+    where = f"{path}: federated"
+    spec = fill(FederatedSpec, data, where)
+    if spec.server:
+        build_server(spec.server, f"{where}.server")
+    return replace(spec, partitions=str(base / spec.partitions)) if spec.partitions else spec
 
 
 @dataclass(frozen=True)
@@ -195,6 +211,7 @@ class _Top:
     out: PathText | None = None
     plugins: list[PathText] = field(default_factory=list)
     track: list[str] = field(default_factory=list)
+    federated: dict[str, Any] | None = None
     reuse: str = (
         ""  # off; a folder that runs share: tasks tuned there from the same start are not tuned again
     )
@@ -220,6 +237,9 @@ def _normal(data: Plain, where: str) -> Plain:
         out["model"] = {"name": out["model"]}
     if isinstance(out.get("stream"), str):
         out["stream"] = {out["stream"]: {}}
+    if isinstance(out.get("federated"), Mapping) and isinstance(out["federated"].get("server"), str):
+        name = out["federated"]["server"]
+        out["federated"] = {**out["federated"], "server": {name: {}} if name else {}}
     if isinstance(out.get("track"), str):
         out["track"] = [out["track"]]
     if "method" in out:

@@ -42,7 +42,7 @@ from retain.adapters.bank import Mix
 from retain.models.base import Model, Turns
 from retain.order import arranged, check_roles, check_together
 from retain.stream import Stream, Task
-from retain.types import Batch, Conflict, Examples, Output, RetainError
+from retain.types import Batch, Conflict, Examples, Output, RetainError, digest
 from retain.values import field_hints, ranged, typed
 
 FULL_GRADS = "full_grads"  # reads whole .grad tensors before or after the step
@@ -100,6 +100,8 @@ class Method:
     kinds: ClassVar[tuple[str, ...]] = ("lora",)  # that its `adapt` can grow: the recipe's adapter.kind
     roles: ClassVar[Mapping[str, str]] = {}  # hook -> what this part does there, of `retain.order.ROLES`
     asks_before: ClassVar[bool] = False  # reads `ctx.before`
+    stays: ClassVar[frozenset[str]] = frozenset()  # federated: state fields that never leave a client
+    ends_alone: ClassVar[bool] = False  # federated: end_task looks at no data, so the server does it
 
     def stages(self, stream: Stream) -> Sequence[Task]:
         """What is trained on, in order. ONE owner. Default: the stream's tasks; joint training returns one task."""
@@ -164,6 +166,36 @@ class Method:
         for f in fields(self):
             if not f.init:
                 setattr(self, f.name, f.default_factory() if f.default_factory is not MISSING else f.default)
+
+    def parted(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A state as what a client tells of it, and what stays with the client (`stays`)."""
+        told = {k: v for k, v in state.items() if k not in self.stays}
+        return told, {k: v for k, v in state.items() if k in self.stays}
+
+    def whole(self, told: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `parted`; what a client has not kept yet is as at the start of a run."""
+        fresh = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default
+                 for f in fields(self) if f.name in self.stays}  # fmt: skip
+        return {**told, **fresh, **kept}
+
+    def joined(self, states: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, Any]:
+        """Federated: what the clients' states (without what stays) are together; weights are sample counts.
+
+        Every client began from the server's state and ended the stage with the same adapters on its own data.
+        Default: all must be equal. A method whose state differs by client says here how it is joined.
+        """
+        if any(digest(s) != digest(states[0]) for s in states[1:]):
+            raise RetainError(
+                f"method {self.name!r}: the clients' states differ, and it has no rule to join them"
+            )
+        return dict(states[0])
+
+    @property
+    def unfederated(self) -> list[str]:
+        """Names of the parts whose state has no federated form: it differs by client, and no rule joins it."""
+        state = {f.name for f in fields(self) if not f.init} - self.stays
+        fine = not state or self.ends_alone or type(self).joined is not Method.joined
+        return [] if fine and not self.owns("stages") else [self.name]
 
     def config(self) -> dict[str, Any]:
         """The hyper-parameters, as the recipe writes them; one that came LATER only where it is not at its default."""
@@ -268,6 +300,25 @@ class Stack(Method):
             raise RetainError(f"state of a stack: has {sorted(state)}, needs {sorted(own)}")
         for key, m in zip(own, self.members, strict=True):
             m.load_state_dict(state[key])
+
+    def parted(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        pairs = {key: m.parted(state[key]) for key, m in self._keyed()}
+        return {k: told for k, (told, _) in pairs.items()}, {
+            k: kept for k, (_, kept) in pairs.items() if kept
+        }
+
+    def whole(self, told: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: m.whole(told[key], kept.get(key, {})) for key, m in self._keyed()}
+
+    def joined(self, states: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, Any]:
+        return {key: m.joined([s[key] for s in states], weights) for key, m in self._keyed()}
+
+    @property
+    def unfederated(self) -> list[str]:
+        return [name for m in self.members for name in m.unfederated]
+
+    def _keyed(self) -> list[tuple[str, Method]]:
+        return [(f"{i}.{m.name}", m) for i, m in enumerate(self.members)]
 
     def reset(self) -> None:
         for m in self.members:

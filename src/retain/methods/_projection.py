@@ -131,6 +131,15 @@ class Sketch:
         return lost if lost > 1e-5 else 0.0  # rounding
 
 
+def spanned(bases_DK: Sequence[Tensor], tolerance: float = 1e-4) -> Tensor:
+    """Orthonormal columns that span all of several bases; what is less than `tolerance` outside the others is rounding."""
+    if len(bases_DK) == 1:
+        return bases_DK[0]
+    U_DK, sigma_K, _ = torch.linalg.svd(torch.cat(list(bases_DK), dim=1), full_matrices=False)
+    kept: Tensor = U_DK[:, sigma_K > tolerance]
+    return kept
+
+
 def strongest(rows_ND: Tensor, n: int) -> Tensor:
     """At most n rows S with S^T S = R^T R in its n strongest directions: no loss where n is D."""
     if len(rows_ND) <= n:

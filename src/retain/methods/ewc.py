@@ -23,7 +23,7 @@ adapter name: a new adapter per task has none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -103,6 +103,16 @@ class EWC(Method):
             self.fisher[key], self.anchor[key] = F, theta
         mean = torch.stack([F_new[k].mean() for k in live]).mean()
         ctx.log(kind="ewc", task=ctx.task.name, mean_fisher=mean.tolist())
+
+    def joined(self, states: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, Any]:
+        """Springs of several clients as one: the mean stiffness, and the stiffness-weighted mean of where they rest."""
+        total, fisher, anchor = sum(weights), dict[str, Tensor](), dict[str, Tensor]()
+        for key, first in states[0]["anchor"].items():
+            F_k = [s["fisher"][key].double() * (w / total) for s, w in zip(states, weights, strict=True)]
+            F = torch.stack(F_k).sum(0)
+            pull = torch.stack([f * s["anchor"][key] for f, s in zip(F_k, states, strict=True)]).sum(0)
+            fisher[key], anchor[key] = F.float(), torch.where(F > 0, pull / F, first.double()).float()
+        return {"fisher": fisher, "anchor": anchor}
 
     def _fisher(self, ctx: Context, live: dict[str, Parameter]) -> dict[str, Tensor]:
         """Mean over draws (a sample or a batch) of the squared gradient of the answer loss."""

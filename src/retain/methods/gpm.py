@@ -37,7 +37,7 @@ from torch import Tensor
 
 from retain.method import FULL_GRADS, FULL_PARAMS, Context, Method, register
 from retain.methods._parts import take
-from retain.methods._projection import Group, Sketch, guarded, project_grads, project_update
+from retain.methods._projection import Group, Sketch, guarded, project_grads, project_update, spanned
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import RetainError
@@ -142,6 +142,17 @@ class GPM(Method):
             self.memory = {**self.memory, key: (basis := sketch.grown(self.threshold))}
             told = {"share": round(basis.shape[1] / basis.shape[0], 4), "dropped": round(sketch.dropped, 6)}
             ctx.log(kind="gpm", task=ctx.task.name, site=reader.site[key], memory=key, **told)
+
+    def joined(self, states: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, Any]:
+        """The union: what is protected for one client is protected for all. Bases by site, at most D directions each."""
+        memory = {}
+        for key in dict.fromkeys(key for s in states for key in s["memory"]):
+            memory[key] = spanned([s["memory"][key] for s in states if key in s["memory"]])
+        return {
+            "memory": memory,
+            "leader": {k: v for s in states for k, v in s["leader"].items()},
+            "guards": [],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

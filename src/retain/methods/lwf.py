@@ -48,6 +48,7 @@ class LwF(Method):
     about: ClassVar[str] = "answers on new inputs stay close to the old model's"
     source: ClassVar[str] = "arXiv:1606.09282"
     asks_before: ClassVar[bool] = True
+    ends_alone: ClassVar[bool] = True
 
     weight: NotNegative = 1.0
     temperature: Annotated[float, Field(ge=1e-6)] = 2.0

@@ -68,6 +68,7 @@ class OLora(Method):
     source: ClassVar[str] = "arXiv:2310.14152"
     needs: ClassVar[frozenset[str]] = frozenset({FULL_PARAMS})
     roles: ClassVar[Mapping[str, str]] = {"end_task": "derives"}
+    ends_alone: ClassVar[bool] = True
 
     weight: NotNegative = 0.5
     l2_weight: NotNegative = 0.0

@@ -47,6 +47,7 @@ class Replay(Method):
     name: ClassVar[str] = "replay"
     about: ClassVar[str] = "old examples are trained on again"
     source: ClassVar[str] = "arXiv:2403.08350"
+    stays: ClassVar[frozenset[str]] = frozenset({"buffer", "n_met"})  # examples are what may not leave
 
     size: CountOrOff = 200
     strategy: Literal["reservoir", "per_task"] = "reservoir"

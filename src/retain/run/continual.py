@@ -35,7 +35,8 @@ from retain.run import records
 from retain.run.engine import Engine, peak_memory
 from retain.run.evaluate import EvalOptions, cell_key, evaluate, lengths, plan, score, widens
 from retain.run.store import Row, RunDir, TunedDir, differences, empty, safe
-from retain.run.train import FitStats, Optim, fit
+from retain.run.train import FitStats, Optim
+from retain.run.trainer import Central, Trainer
 from retain.signals import Stop
 from retain.stream import Stream, Task
 from retain.types import Examples, RetainError, digest, most_answers, plain
@@ -87,6 +88,7 @@ class Running:
     seed: int
     tuned: TunedDir | None = None
     stop: Stop | None = None
+    trainer: Trainer = field(default_factory=Central)
     cells: dict[str, tuple[Row, str, Cell]] = field(default_factory=dict)  # finished, by key: where, and what
     data: dict[str, str] = field(default_factory=dict)  # digest of each task
 
@@ -104,6 +106,7 @@ def run(
     watch: Watcher | None = None,
     reuse: Path | None = None,
     stop: Stop | None = None,
+    trainer: Trainer | None = None,
 ) -> AccuracyMatrix:
     """Learn the stream with one method and evaluate every task after every stage.
 
@@ -111,13 +114,15 @@ def run(
     first. A finished run is only read; one made with other settings, data or code of a method is refused.
     `reuse` is a folder that runs share: a task that was tuned there from the same start, with nothing of a method
     between the steps, is not tuned again (`retain.run.train.tuned_key`). `stop` may ask to end after a step whose
-    checkpoint is saved; `retain.signals.Stopped` is raised then, and the same call continues.
+    checkpoint is saved; `retain.signals.Stopped` is raised then, and the same call continues. `trainer` takes the place
+    of the central loop (`retain.federated.rounds`).
     Raises `RetainError` before anything is written if the method or the data cannot run here.
     """
     engine = engine or Engine()
     options, watch = options or EvalOptions(), watch or Silent()
     tuned = TunedDir(reuse, store.main, model.device) if reuse else None
-    r = Running(model, stream, method, optim, options, store, engine, watch, seed, tuned, stop)
+    trainer = trainer or Central()
+    r = Running(model, stream, method, optim, options, store, engine, watch, seed, tuned, stop, trainer)
     _same_setting(r)
     if store.done:
         if engine.main and (changed := changes(store, stream)):
@@ -150,7 +155,7 @@ def run(
 def check(r: Running) -> Sequence[Task]:
     """Everything that can be refused before anything is written; returns the stages."""
     r.engine.check(r.method)
-    stages = list(r.method.stages(r.stream))
+    stages = list(r.trainer.stages(r.method, r.stream))
     if stages and not r.method.owns("adapt"):
         names = [p.name for p in r.method.parts]
         raise RetainError(
@@ -170,9 +175,7 @@ def check(r: Running) -> Sequence[Task]:
         _check_split(task.name, "test", task.test)
         if not len(task.test):
             raise RetainError(f"task {task.name!r}: the test split is empty")
-    for task in stages:
-        if not len(task.train):
-            raise RetainError(f"task {task.name!r}: the train split is empty")
+    r.trainer.check(r.model, r.method, r.stream, r.engine)
     if not r.store.done:
         r.method.check(r.model, r.stream)
     return stages
@@ -228,12 +231,12 @@ def _train(r: Running, row: Row, task: Task, seen: list[str], before: Row | None
         empty(r.model.adapters)
         r.method.reset()
     ctx = Context(r.model, task, r.stream, list(seen), r.seed, log=partial(_event, r))
-    r.watch.stage(task.name, r.optim.n_steps(len(task.train)))
+    r.watch.stage(task.name, r.trainer.n_steps(task, r.optim))
     r.store.event(kind="stage", task=task.name, samples=len(task.train))
     slots = row.checkpoints(r.model.device)
     if slots.newest():
         r.watch.note(f"{task.name}: continues after its last checkpoint")
-    stats = fit(r.model, r.method, ctx, r.optim, r.engine, slots, r.watch.step, r.tuned, r.stop)
+    stats = r.trainer.fit(r.model, r.method, ctx, r.optim, r.engine, slots, r.watch.step, r.tuned, r.stop)
     if stats.reused:
         r.watch.note(f"{task.name}: its steps were made by an earlier run (reuse)")
     learned = [t.name for t in r.stream if t.name in [*seen, *taught(task, r.stream)]]
@@ -308,12 +311,14 @@ def collect(stream: Stream, store: RunDir) -> AccuracyMatrix:
     """The matrix from the folder: per-sample scores of every finished row.
 
     A row of the matrix stands for a number of learned tasks, so joint training on all of them fills the last
-    one: only what holds for a final model is then defined.
+    one: only what holds for a final model is then defined. Where clients teach other tasks than the stream's first
+    (heterogeneous stages), a row has no place in it; `retain.metrics.stages` has all of them.
     """
+    names = [t.name for t in stream]
     values = {
         len(row.learned): {t.name: [p["score"] for p in row.each_answer(t.name)] for t in stream.all}
         for row in store.rows()
-        if row.done
+        if row.done and set(row.learned) == set(names[: len(row.learned)])
     }
     ids = {t.name: [row.id for row in plain(t.test)] for t in stream.all}
     return AccuracyMatrix.from_scores([t.name for t in stream], [t.name for t in stream.unseen], values, ids)
@@ -354,6 +359,7 @@ def _budget(r: Running, row: Row, before: Row | None, cells: Mapping[str, Cell])
         "eval_flops": r.model.flops_per_token() * sum(c["tokens"] for c in cells.values()),
         "train_s": train_s, "eval_s": eval_s, "wall_s": train_s + eval_s,
     }  # fmt: skip
+    total |= {f"{k}_bytes": fitted[k] for k in ("sent", "received") if k in fitted}  # federated
     total = {k: v + old.get(k, 0) for k, v in total.items()}
     peak = max(peak_memory(r.model.device), fitted.get("peak_memory_bytes", 0))
     return {
@@ -389,6 +395,8 @@ def setting(r: Running) -> dict[str, Any]:
         "method": [{p.name: p.config()} for p in r.method.parts], "code": code, "optim": written(r.optim),
         "eval": asdict(r.options), "seed": r.seed, "tasks": [t.name for t in r.stream.all],
     }  # fmt: skip
+    if federated := r.trainer.setting():
+        made["federated"] = federated
     if widens(r.model, r.options):
         made["eval"]["widened"] = True  # folders from before there was the choice say fp32 and did not
     if any(most_answers(t.train) > 1 for t in r.stream):

@@ -79,6 +79,20 @@ def built_state(stem: Path, skeleton: Any, tensors: Mapping[str, Tensor], device
         ) from None
 
 
+def packed(value: Any, at: str) -> tuple[Any, dict[str, Tensor]]:
+    """A nest as plain JSON data and the tensors that it names."""
+    tensors: dict[str, Tensor] = {}
+    return _pack(value, tensors, at), tensors
+
+
+def unpacked(skeleton: Any, tensors: Mapping[str, Tensor], at: str) -> Any:
+    """The inverse of `packed`. RetainError for what it cannot have made."""
+    try:
+        return _unpack(skeleton, tensors, torch.device("cpu"))
+    except _Unreadable as error:
+        raise RetainError(f"{at}: not a state: {error}") from None
+
+
 def _content(tensors: Mapping[str, Tensor]) -> str:
     """A digest of names, shapes, types and bits."""
     return digest({key: [list(t.shape), t.reshape(-1)] for key, t in tensors.items()})

@@ -1,0 +1,134 @@
+"""Who is let in: what a client's answer must be before a server looks at its numbers.
+
+    of this recipe and version, of this base model, of this kind, stage and round     (`Expected.words`)
+    the tensors that were sent, in their shapes and finite                            (`admitted`)
+    not larger than the others' updates by far                                        (`outliers`)
+
+What is refused is named with its reason; the round goes on without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from retain.federated.message import Message, Spooled, words
+from retain.methods.disco import Token
+from retain.types import RetainError
+
+COUNTED = ("steps", "samples", "tokens", "peak_memory_bytes")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an answer says of itself."""
+
+    recipe: str
+    base: str
+    kind: str
+    stage: str
+    round: int
+
+    def words(self, client: str, reply: bytes | str) -> tuple[dict[str, Any] | None, str]:
+        """The words of an answer, or None and why it is not used."""
+        if isinstance(reply, str):
+            return None, reply
+        try:
+            head = words(reply, f"client {client!r}")
+        except RetainError as error:
+            return None, str(error)
+        wanted = {"client": client, "recipe": self.recipe, "base": self.base, "kind": self.kind, "stage": self.stage,
+                  "round": self.round}  # fmt: skip
+        says = {
+            "client": "it signs as another client", "recipe": "it runs another recipe or version of retain",
+            "base": "it has another base model", "kind": "it answers something else", "stage": "it answers an old stage",
+            "round": "it answers an old round",
+        }  # fmt: skip
+        for key, value in wanted.items():
+            if head.get(key) != value:
+                return None, f"{says[key]} ({head.get(key)!r:.60}, not {value!r:.60})"
+        if self.kind == "train" and not _counted(head.get("stats")):
+            return None, "it does not say what its fit took"
+        return head, ""
+
+    def token(self, client: str, reply: bytes | str, n: int) -> tuple[Token | None, str]:
+        """An identity token, or None and why."""
+        head, why = self.words(client, reply)
+        if head is None or not isinstance(reply, bytes):
+            return None, why
+        try:
+            found = Message.from_bytes(reply, f"client {client!r}").tensors
+        except RetainError as error:
+            return None, str(error)
+        image, text = found.get("image"), found.get("text")
+        if image is None or text is None or image.ndim != 1 or text.ndim != 1:
+            return None, "its token is not two vectors"
+        if not (image.isfinite().all() and text.isfinite().all()):
+            return None, "its token is not finite"
+        return Token(image.float(), text.float(), n), ""
+
+
+def admitted(path: Path, given: Mapping[str, Tensor], channels: bool) -> tuple[Spooled | None, str, float]:
+    """An update that can be used and the norm of its change; else None, and why."""
+    try:
+        file = Spooled(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        return None, f"its message cannot be read ({error})", math.nan
+    wanted = {f"w/{k}" for k in given if "@" not in k}
+    found = {k for k in file.keys if "@" not in k}
+    if missing := sorted(wanted - found):
+        return None, f"{len(missing)} tensors are missing (first {missing[0][2:]!r})", math.nan
+    if extra := sorted(found - wanted) or ([] if channels else sorted(set(file.keys) - found)):
+        return None, f"{len(extra)} tensors were not asked for (first {extra[0]!r})", math.nan
+    square = 0.0
+    for key in file.keys:
+        name = key.removeprefix("w/")
+        sent = given.get(name.split("@")[-1])
+        if sent is None or file.shape(key) != sent.shape:
+            return (
+                None,
+                f"{name!r} has shape {tuple(file.shape(key))}, not {None if sent is None else tuple(sent.shape)}",
+                math.nan,
+            )
+        tensor = file.tensor(key).float()
+        if not tensor.isfinite().all():
+            return None, f"{name!r} is not finite", math.nan
+        if "@" not in key:
+            square += float((tensor - sent.float().cpu()).double().square().sum())
+    return file, "", math.sqrt(square)
+
+
+def outliers(norms: Mapping[str, float], bound: float) -> dict[str, str]:
+    """Clients whose update is more than `bound` times as large as the median of the others'; 0 is off.
+
+    With fewer than three nobody can say which of them is wrong.
+    """
+    if not bound or len(norms) < 3:
+        return {}
+    out = {}
+    for client, norm in norms.items():
+        usual = median(n for c, n in norms.items() if c != client)
+        if norm > bound * usual and usual > 0:
+            out[client] = (
+                f"its update is {norm / usual:.0f} times as large as the others' (federated.outlier {bound:g})"
+            )
+    return out
+
+
+def _counted(stats: Any) -> bool:
+    if not isinstance(stats, Mapping):
+        return False
+    whole = all(isinstance(stats.get(k), int) and 0 <= stats[k] < 2**62 for k in COUNTED)
+    return (
+        whole
+        and isinstance(stats.get("last_loss"), float)
+        and torch.isfinite(torch.tensor(stats["last_loss"])).item() is True
+    )
