@@ -245,7 +245,7 @@ def test_the_common_control_is_the_mean_of_all_clients_controls() -> None:
     held = [noise(D, seed=i).double() for i in range(5)]
     common = sum(held) / 5
     new = {k: noise(D, seed=20 + k).double() for k in (1, 3)}
-    found = rules.common_control(common, [new[k] - held[k] for k in new], of=5)
+    found = rules.common_control(common, [(1 / 5, new[k] - held[k]) for k in new])
     close(found, sum(new.get(k, held[k]) for k in range(5)) / 5, rtol=1e-12, atol=1e-12)
 
 

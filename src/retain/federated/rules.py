@@ -215,11 +215,14 @@ def control(own: Tensor, common: Tensor, start: Tensor, end: Tensor, rate: float
     return out.to(own.dtype)
 
 
-def common_control(common: Tensor, changes: Iterable[Tensor], of: int) -> Tensor:
-    """c <- c + 1/N sum over the round's clients of (c_k+ - c_k): clients count alike; N is all of them, not the round's."""
+def common_control(common: Tensor, changes: Iterable[tuple[float, Tensor]]) -> Tensor:
+    """c <- c + sum over the round's clients of w_k (c_k+ - c_k), w_k a client's share of all clients (1/N in the paper).
+
+    All clients, not the round's: c stays the mean of all c_k.
+    """
     out = common.double()
-    for change in changes:
-        out = out.add(change.double(), alpha=1.0 / of)
+    for share, change in changes:
+        out = out.add(change.double(), alpha=share)
     return out.to(common.dtype)
 
 
