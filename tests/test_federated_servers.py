@@ -481,6 +481,22 @@ def test_an_answer_that_was_lost_takes_its_control_back(desk: Desk) -> None:
     assert ours == pytest.approx(3.0, abs=0.05)
 
 
+def test_a_control_belongs_to_its_stage(desk: Desk) -> None:
+    """c begins at zero with a stage, and so does c_k, even where the answer of the last round was counted."""
+    _, _, (part, _) = drift(desk, "scaffold", 3)
+    bank = SimpleNamespace(trainable=lambda: {KEY: torch.nn.Parameter(torch.zeros(1))})
+    for stage, kept in (("t", True), ("u", False)):
+        again = Control()
+        again.load_state_dict(part.state_dict())
+        again.received(
+            {"common": {KEY: torch.ones(1)}, "counted": {"last": torch.tensor(2), "now": torch.tensor(3)}}
+        )
+        again.begin_task(
+            SimpleNamespace(model=SimpleNamespace(adapters=bank), task=SimpleNamespace(name=stage))
+        )  # type: ignore
+        assert bool(again.own) == kept and torch.equal(again.now["shift"][KEY], torch.ones(1)) != kept
+
+
 def test_the_correction_comes_before_what_holds_the_weights() -> None:
     parts: list[Method] = [build("gpm"), build("ema"), Control()]
     assert [p.name for p in arranged(parts, "after_step")] == ["scaffold", "gpm", "ema"]
