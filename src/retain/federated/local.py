@@ -48,7 +48,6 @@ def federation(
     spec: FederatedSpec,
     server: Server,
     stream: Stream,
-    seed: int,
     kept: Path,
     *,
     agreed: str = "",

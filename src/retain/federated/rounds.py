@@ -85,7 +85,8 @@ class Federation:
         return [self._task(stage, stream) for stage in self.split.stages]
 
     def _task(self, stage: Stage, stream: Stream) -> Task:
-        taught = [t for t in stream if t.name in self.split.taught(stage)]
+        names = self.split.taught(stage)
+        taught = [t for t in stream if t.name in names]
         first = taught[0]
         train = first.train if len(taught) == 1 else Joined(*(t.train for t in taught))
         return Task(stage.name, train, first.test, first.score, first.max_new_tokens,
@@ -260,7 +261,7 @@ class StageRun:
     def _round(self, r: int, state: ServerState) -> tuple[ServerState, float]:
         fed, began = self.fed, time.perf_counter()
         sent, received = self.stats.sent, self.stats.received
-        selected = self._selected(r)
+        selected = seats(fed.spec, fed.split, self.index, r, self.ctx.seed)
         infos = self._infos(r, selected, state)
         if not infos:
             raise RetainError(
@@ -302,10 +303,6 @@ class StageRun:
             round_s=round(time.perf_counter() - began, 3), **fed.server.told(state),
         )  # fmt: skip
         return state, loss
-
-    def _selected(self, r: int) -> list[tuple[str, str]]:
-        """The round's clients, each with the unit that it learns."""
-        return seats(self.fed.spec, self.fed.split, self.index, r, self.ctx.seed)
 
     def _infos(self, r: int, selected: Sequence[tuple[str, str]], state: ServerState) -> list[ClientInfo]:
         """What is known of them, their tokens asked for where the server needs them."""
