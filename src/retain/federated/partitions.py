@@ -84,7 +84,7 @@ def _unit(folder: Path, tasks: Sequence[Task], clients: int, min_rows: int, may_
         raise RetainError(
             f"federated.partitions: {folder} has {others[0]}, but federated.clients is {clients}, counted from 0"
         )
-    index, out = _Index(tasks), []
+    index, out = _Index(tasks), list[Rows]()
     for k in range(clients):
         path = folder / f"client_{k}.json"
         if may_lack and not path.exists():

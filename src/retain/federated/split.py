@@ -273,17 +273,17 @@ def _groups(spec: SplitSpec, stream: Stream) -> dict[str, list[str]]:
                 )
             groups.setdefault(name, []).append(task.name)
     names, home = [t.name for t in stream], dict[str, str]()
-    for group, tasks in groups.items():
-        if not tasks:
+    for group, members in groups.items():
+        if not members:
             raise RetainError(f"federated.groups.{group}: must not be empty")
-        for task in tasks:
-            if task not in names:
-                raise RetainError(f"federated.groups.{group}: no task {task!r}; choose from {names}")
-            if task in home:
+        for member in members:
+            if member not in names:
+                raise RetainError(f"federated.groups.{group}: no task {member!r}; choose from {names}")
+            if member in home:
                 raise RetainError(
-                    f"federated.groups.{group}: task {task!r} is in group {home[task]!r} already"
+                    f"federated.groups.{group}: task {member!r} is in group {home[member]!r} already"
                 )
-            home[task] = group
+            home[member] = group
     if missing := [n for n in names if n not in home]:
         raise RetainError(f"federated.groups: task {missing[0]!r} is in no group of {list(groups)}")
     return groups
