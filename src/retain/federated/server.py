@@ -108,7 +108,9 @@ class Server:
     source: ClassVar[str] = ""
     of: ClassVar[str] = ""  # the central method whose federated form this is; "": any that has one
     asks_token: ClassVar[bool] = False  # each client's identity token, before it trains
-    channels: ClassVar[tuple[str, ...]] = ()  # that its clients' part gives back, one tensor for each that trains
+    channels: ClassVar[
+        tuple[str, ...]
+    ] = ()  # that its clients' part gives back, one tensor for each that trains
     bounded: ClassVar[bool] = False  # limits each update on its own: large ones are not left out before
     whole_bank: ClassVar[bool] = True  # a client needs all adapters, not only those that it trains
 
