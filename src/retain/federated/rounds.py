@@ -26,10 +26,11 @@ from torch import Generator, Tensor
 from retain.adapters.bank import Mix
 from retain.federated.admit import Expected, admitted, outliers
 from retain.federated.message import Message
+from retain.federated.places import seats
 from retain.federated.server import ClientInfo, Crowd, Server, ServerState, Update, adapters_of, own
 from retain.federated.site import CLOSE
 from retain.federated.spec import FederatedSpec
-from retain.federated.split import Split, Stage, seats
+from retain.federated.split import Split, Stage
 from retain.method import Context, Method
 from retain.methods.disco import Token
 from retain.models.base import Model
