@@ -337,7 +337,9 @@ def test_epsilon_of_known_clients_is_that_of_one_gaussian() -> None:
     for z, rounds in ((0.7, 1), (1.0, 4), (3.0, 40), (20.0, 5)):
         eps = epsilon(z, 1e-5, [Rounds(rounds - 1), Rounds(1)])
         assert reference.gaussian_delta(eps, z / math.sqrt(rounds)) == pytest.approx(1e-5, rel=1e-4)
-    assert epsilon(0.0, 1e-5, [Rounds(1)]) == math.inf
+    assert epsilon(0.0, 1e-5, [Rounds(1)]) == epsilon(1e-300, 1e-5, [Rounds(1)], "fixed") == math.inf
+    for sampling in ("known", "fixed", "poisson"):
+        assert 0 <= epsilon(math.inf, 1e-5, [Rounds(2, 12, 3)], sampling) < 0.01  # type: ignore[arg-type]
     assert epsilon(1.0, 1e-5, []) == epsilon(1.0, 1e-5, [Rounds(0)]) == 0.0
 
 

@@ -27,6 +27,8 @@ from typing import Any, Literal, get_args
 from retain.types import RetainError
 
 Sampling = Literal["known", "fixed", "poisson"]
+LEAST, MOST = 1e-2, 1e6
+"""Noise multipliers for which the sums are made: one round at LEAST costs an epsilon of 5,000, which promises nothing."""
 ORDERS = [*range(2, 65), 80, 96, 128, 192, 256, 512, 1024]
 """Of Renyi's divergence: each gives a bound, the least is told. Between whole numbers the sums may not converge."""
 
@@ -49,7 +51,7 @@ class Rounds:
 def epsilon(noise: float, delta: float, spent: Sequence[Rounds], sampling: Sampling = "known") -> float:
     """Epsilon at `delta` after all these rounds (of several stages, too), with the noise multiplier `noise`.
 
-    Without noise it is infinite, without a round 0. RetainError where the library is missing.
+    Without noise, or with less than `LEAST`, it is infinite; without a round 0. RetainError where the library is missing.
     """
     if sampling not in get_args(Sampling):
         raise RetainError(f"privacy: {sampling!r} is none of {list(get_args(Sampling))}")
@@ -58,10 +60,11 @@ def epsilon(noise: float, delta: float, spent: Sequence[Rounds], sampling: Sampl
             f"privacy: delta must be above 0 and below 1 and noise not negative, not {delta} and {noise}"
         )
     dp, spent = accountant(), [s for s in spent if s.rounds]
-    if not spent or math.isinf(noise):
+    if not spent:
         return 0.0
-    if not noise:
+    if noise < LEAST:
         return math.inf
+    noise = min(noise, MOST)  # more noise spends less: what is told stays a bound
     if sampling == "known":
         one = noise / math.sqrt(sum(s.rounds for s in spent))
         return float(dp.get_epsilon_gaussian(one, delta))

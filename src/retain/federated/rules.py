@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from retain.merge.parts import Low, inner, total, truncated
+from retain.merge.parts import Low, inner, svd, total
 from retain.types import RetainError
 
 # -- one value per entry ---------------------------------------------------------------------------------
@@ -255,17 +255,19 @@ def product_mean(A: Sequence[Tensor], B: Sequence[Tensor], weights: Sequence[flo
     whole = math.fsum(weights)
     parts = [Low(b.double(), a.double()) for a, b in zip(A, B, strict=True)]
     mean = total(parts, [w / whole for w in weights])
-    size = math.sqrt(max(0.0, inner(mean, mean)))
-    if not size:
+    square = max(0.0, inner(mean, mean))
+    if not (size := math.sqrt(square)):
         return Product(mean_A, mean_B, 0.0, 0.0, 0.0)
     assert isinstance(mean, Low)
     if mean.rank <= (rank := mean_A.shape[0]):  # one client: nothing is lost, nothing is turned
         return Product(mean_A, mean_B, 0.0, 0.0, size)
-    off = total([mean, Low(mean_B.double(), mean_A.double())], [1.0, -1.0])
-    best, error = truncated(mean, rank)
-    U_OR, V_RI = best.B, best.A
+    apart = Low(mean_B.double(), mean_A.double())
+    off = max(0.0, square - 2 * inner(mean, apart) + inner(apart, apart))
+    U_OR, S_R, V_RI = svd(mean, rank)
+    lost = max(0.0, square - float(S_R.square().sum()))
     P_RR, d_R, Q_RR = torch.linalg.svd(mean_A.double() @ V_RI.T)
     d_R = d_R.clamp_min(GAUGE * float(d_R[0])) if float(d_R[0]) else torch.ones_like(d_R)
-    A_new, B_new = (P_RR * d_R) @ Q_RR @ V_RI, U_OR @ (Q_RR.T / d_R) @ P_RR.T
-    lost = math.sqrt(max(0.0, inner(off, off))) / size
-    return Product(A_new.to(mean_A.dtype), B_new.to(mean_B.dtype), error, lost, size)
+    A_new, B_new = (P_RR * d_R) @ Q_RR @ V_RI, (U_OR * S_R) @ (Q_RR.T / d_R) @ P_RR.T
+    return Product(
+        A_new.to(mean_A.dtype), B_new.to(mean_B.dtype), math.sqrt(lost) / size, math.sqrt(off) / size, size
+    )

@@ -23,11 +23,11 @@ from pydantic import Field
 from torch import Tensor
 
 from retain.federated import rules
-from retain.federated.privacy import Rounds, accountant, epsilon
+from retain.federated.privacy import LEAST, Rounds, accountant, epsilon
 from retain.federated.server import ClientInfo, Server, ServerState, Update, blocks, register, with_key
 from retain.method import Context, Method
 from retain.types import RetainError
-from retain.values import Count, CountOrOff, NotNegative, Positive
+from retain.values import Count, CountOrOff, Positive, zero_or
 
 
 def by_name(updates: Sequence[Update]) -> list[Update]:
@@ -131,7 +131,7 @@ class Clipped(Server):
     bounded: ClassVar[bool] = True
 
     bound: Positive = 1.0
-    noise: NotNegative = 0.0
+    noise: Annotated[float, zero_or(LEAST), Field(le=1e6)] = 0.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     secret: bool = False
 
