@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from retain.federated.local import Tamper, federation
 from retain.federated.message import Message
 from retain.federated.spec import FederatedSpec
 from retain.method import Context, build
+from retain.metrics.stages import last_and_avg
+from retain.report.federated import stages_of
+from retain.report.html import write_report
+from retain.report.load import load_runs
 from retain.run import continual
 from retain.run.continual import run
 from retain.run.store import RunDir
@@ -37,7 +42,11 @@ METHODS: dict[str, Any] = {
     "disco": {"disco": {"tau": 0.8}},
     "all": ["lora", "lwf", {"ewc": {"n_samples": 3}}, {"replay": {"size": 5}}],
 }
-SERVERS = ["fedavg", "fedprox", "scaffold"]  # those whose clients differ; all rules: test_federated_servers.py
+SERVERS = [
+    "fedavg",
+    "fedprox",
+    "scaffold",
+]  # those whose clients differ; all rules: test_federated_servers.py
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -232,6 +241,60 @@ def test_a_round_goes_on_without_who_fails(fault: str, tmp_path: Path) -> None:
         tmp_path / "two", per_round=3, tamper=lambda c, d, work: "away" if c == "client-00" else work()
     )
     assert files(store) == files(alone)
+
+
+def test_a_third_of_the_clients_may_drop_out(tmp_path: Path) -> None:
+    """Who drops out is drawn; every round is made of the others, and the run ends."""
+    rng, gone = random.Random(3), list[str]()
+
+    def tamper(client: str, data: bytes, work: Callable[[], bytes]) -> bytes | str:
+        if rng.random() < 0.3:
+            gone.append(client)
+            return "the connection was lost"
+        return work()
+
+    store = go(tmp_path / "run", clients=6, per_round=6, tamper=tamper)
+    left = events(store, "client_left_out")
+    assert [e["client"] for e in left] == gone and len(gone) > 3
+    assert sum(len(e["clients"]) for e in events(store, "round")) + len(gone) == 6 * 2 * len(stream())
+
+
+def test_what_is_sent_and_received_is_counted_to_the_byte(tmp_path: Path) -> None:
+    lengths = [0, 0]
+
+    def watch(client: str, data: bytes, work: Callable[[], bytes]) -> bytes:
+        reply = work()
+        lengths[0], lengths[1] = lengths[0] + len(data), lengths[1] + len(reply)
+        return reply
+
+    store = go(tmp_path / "run", METHODS["ewc"], tamper=watch)  # with messages at a stage's end
+    budget = store.rows()[-1].budget()
+    assert (budget["sent_bytes"], budget["received_bytes"]) == tuple(lengths)
+
+
+def test_bfloat16_travels_as_it_is() -> None:
+    sent = {
+        "w/a": torch.randn(3, 2).bfloat16(),
+        "w/b": torch.ones(2, dtype=torch.float16),
+        "w/c": torch.tensor(3),
+    }
+    there = Message.from_bytes(Message({"kind": "train"}, sent).to_bytes(), "a client").tensors
+    assert {k: t.dtype for k, t in there.items()} == {k: t.dtype for k, t in sent.items()}
+    assert all(torch.equal(t, sent[k]) for k, t in there.items())
+
+
+def test_a_stage_of_several_tasks_is_scored_by_stage(tmp_path: Path) -> None:
+    """Heterogeneous: the tasks seen so far, and FCIT's Last and Avg of them by hand."""
+    store = go(tmp_path / "run", setting="task_het", schedule=[[0, 1], [2, 2]])
+    (run,) = load_runs([store.path])
+    first, second = stages_of(run)
+    names = [t.name for t in stream()]
+    assert (first.name, set(first.seen), set(second.seen)) == ("stage-1", set(names[:2]), set(names))
+    own = {t: [p["score"] for p in store.rows()[1].answers(t)] for t in names}
+    assert first.mean == pytest.approx(sum(sum(own[t]) / len(own[t]) for t in names[:2]) / 2)
+    last, avg = last_and_avg([first, second])
+    assert (last, avg) == (second.mean, pytest.approx((first.mean + second.mean) / 2))
+    assert "Stages and rounds" in write_report([store.path], tmp_path / "r.html").read_text()
 
 
 def test_an_empty_round_is_an_error_and_nothing_is_lost(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from retain.method import Method
 from retain.metrics import score
 from retain.plain import Plain, prefixed, read_small, real_path, short, whole_text
 from retain.run.engine import Engine
+from retain.run.trainer import Central, Trainer
 from retain.stream import Stream, Task
 from retain.types import RetainError, digest
 from retain.values import fill
@@ -67,6 +68,13 @@ def build_federation(recipe: Recipe, stream: Stream, method: Method, kept: Path)
         f"{recipe.path}: federated",
         lambda: federation(spec, server, stream, kept, agreed=agreed),
     )
+
+
+def build_trainer(recipe: Recipe, stream: Stream, method: Method) -> Trainer:
+    """What trains a stage: the central loop, or the coordinator of clients in this process."""
+    if recipe.federated is None:
+        return Central()
+    return build_federation(recipe, stream, method, recipe.out / "clients")
 
 
 def server_of(spec: FederatedSpec, method: Method) -> Server:

@@ -19,7 +19,7 @@ from torch import nn
 
 from retain.adapters.bank import AdapterBank
 from retain.adapters.kinds import attach
-from retain.assemble import build_method, build_stream, model_source
+from retain.assemble import build_method, build_stream, build_trainer, model_source
 from retain.config import Recipe
 from retain.models.encode import Encoder
 from retain.models.family import Family, family_of
@@ -96,17 +96,27 @@ class RunPlan:
 def make_plan(recipe: Recipe, runs: Path = Path("runs")) -> RunPlan:
     """Plan a recipe. Data files are read and checked; of the model only config and processor are."""
     method, stream = build_method(recipe), build_stream(recipe)
+    trainer = build_trainer(recipe, stream, method)
+    learned = trainer.stages(method, stream)
     hf, processor = skeleton(recipe)
     encode = encoder(hf, processor, recipe)
-    lengths = {task.name: _length(encode, task) for task in [*method.stages(stream), *stream.all]}
+    lengths = {task.name: _length(encode, task) for task in [*learned, *stream.all]}
     shape = _shape(hf, recipe)
 
     def row(front: int) -> float:
         return sum(_eval_flops(shape, task, lengths[task.name][0] + front) for task in stream.all)
 
     stages = tuple(
-        _stage(shape, task, front, *lengths[task.name], recipe.optim, row(front))
-        for i, task in enumerate(method.stages(stream), 1)
+        _stage(
+            shape,
+            task,
+            front,
+            *lengths[task.name],
+            recipe.optim,
+            row(front),
+            trainer.n_steps(task, recipe.optim),
+        )
+        for i, task in enumerate(learned, 1)
         for front in [recipe.adapter.in_front(i)]  # soft prompts before every sample
     )
     longest = max((s.tokens for s in stages), default=0.0)
@@ -230,10 +240,10 @@ def _length(encode: Encoder, task: Task) -> tuple[float, float]:
 
 
 def _stage(
-    shape: Shape, task: Task, front: int, tokens: float, answer: float, optim: Optim, row: float
+    shape: Shape, task: Task, front: int, tokens: float, answer: float, optim: Optim, row: float, steps: int
 ) -> Stage:
-    steps = optim.n_steps(len(task.train))
-    samples = steps * optim.batch_size if optim.steps is not None else round(len(task.train) * optim.epochs)
+    central = steps == optim.n_steps(len(task.train)) and optim.steps is None
+    samples = round(len(task.train) * optim.epochs) if central else steps * optim.batch_size
     per_token = (
         4 * shape.language + 6 * shape.trainable
     )  # as the budget of a run counts (retain.run.continual)
@@ -341,6 +351,17 @@ def _folder(recipe: Recipe) -> str:
     return "exists and is finished: it is only read" if store.done else "exists: the run continues"
 
 
+def _messages(plan: RunPlan) -> Rows:
+    """What travels in a federated run."""
+    spec = plan.recipe.federated
+    if spec is None:
+        return []
+    fits = spec.per_round * spec.rounds * len(plan.stages)
+    each = size(4 * plan.shape.trainable)
+    about = f"{spec.per_round} of {spec.clients} clients, {spec.rounds} rounds a stage; {each} for each, and as much back"
+    return [["sent to clients", size(4 * plan.shape.trainable * fits), about]]
+
+
 def total_rows(plan: RunPlan) -> Rows:
     """The whole run, with what every figure rests on."""
     shape, optim = plan.shape, plan.recipe.optim
@@ -369,6 +390,7 @@ def total_rows(plan: RunPlan) -> Rows:
             count(plan.flops),
             "4 per passed parameter and token in training, 2 forward, 6 for adapters",
         ],
+        *_messages(plan),
         ["speed", f"{count(plan.speed)}FLOP/s", plan.speed_from],
         [
             "time (estimate)",

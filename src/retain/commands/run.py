@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from retain.assemble import build_federation, build_method, build_model, build_stream
+from retain.assemble import build_method, build_model, build_stream, build_trainer
 from retain.commands import plan
 from retain.config import Recipe
 from retain.metrics import AccuracyMatrix
@@ -15,7 +15,6 @@ from retain.run.engine import Engine, out_of_memory
 from retain.run.progress import Progress
 from retain.run.store import RunDir
 from retain.run.track import Tracker, open_tracker
-from retain.run.trainer import Central, Trainer
 from retain.signals import Stop
 from retain.stream import Stream
 from retain.types import RetainError
@@ -58,9 +57,7 @@ def _started(recipe: Recipe, engine: Engine, quiet: bool, stop: Stop | None) -> 
     stream = build_stream(recipe)
     model = build_model(recipe, engine.device)
     parts = (recipe.optim, recipe.eval, old, engine, continual.Silent(), recipe.seed)
-    trainer: Trainer = Central()
-    if recipe.federated:
-        trainer = build_federation(recipe, stream, method, recipe.out / "clients")
+    trainer = build_trainer(recipe, stream, method)
     continual.check(continual.Running(model, stream, method, *parts, trainer=trainer))
     if not old.done:
         check_examples(model, stream, recipe.optim.turns)

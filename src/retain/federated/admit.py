@@ -24,7 +24,7 @@ from retain.federated.message import Message, Spooled, words
 from retain.methods.disco import Token
 from retain.types import RetainError
 
-COUNTED = ("steps", "samples", "tokens", "peak_memory_bytes")
+COUNTED = ("steps", "samples", "tokens", "peak_memory_bytes", "trainable_parameters")
 
 
 @dataclass(frozen=True)

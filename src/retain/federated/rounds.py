@@ -210,7 +210,6 @@ class StageRun:
                 f"stage {self.ctx.task.name!r}: {bad[0]} is not finite; nothing of it was saved"
             )
         self.stats.trained = adapters_of(state.weights)
-        self.stats.trainable_parameters = sum(t.numel() for t in state.weights.values())
         owners = [p for p in self.half.parts if p.owns("end_task")]
         if not owners:
             return
@@ -364,6 +363,7 @@ class StageRun:
         for key in ("steps", "samples", "tokens"):
             setattr(s, key, getattr(s, key) + int(told[key]))
         s.fits += 1
+        s.trainable_parameters = max(s.trainable_parameters, int(told["trainable_parameters"]))
         s.peak_memory_bytes = max(s.peak_memory_bytes, int(told["peak_memory_bytes"]))
         return float(told["last_loss"])
 

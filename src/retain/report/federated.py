@@ -19,7 +19,7 @@ View = dict[str, Any]
 
 def is_federated(run: Run) -> bool:
     """Whether clients learned."""
-    return bool(run.config.get("federated"))
+    return any(e.get("kind") == "round" for e in run.events)
 
 
 def stages_of(run: Run) -> list[StageScore]:
