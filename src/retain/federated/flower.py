@@ -171,7 +171,7 @@ class Door:
         if why:
             return Seat(None, asked, came, why)
         try:
-            card = Card.from_bytes(data, f"node {node}")
+            card = Card.from_bytes(data, "its hello")
         except RetainError as error:
             return Seat(None, asked, came, str(error))
         return Seat(card, asked, came, self.terms.refusal(card, asked, came))
