@@ -1,0 +1,389 @@
+"""A federated recipe on Flower: submit it to a SuperLink, or join one as a site.
+
+Flower's own programs do the work (`flwr run`, `flower-supernode`). Here is what can be told before they start, in one
+sentence: an address where nobody listens, a certificate of another CA, a key of another kind, rows that cannot be read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import uuid4
+
+from retain import __version__
+from retain.assemble import build_method, server_of
+from retain.commands.flower_app import NODE, SAID, SiteFile, Workplace, site_spec
+from retain.config import Recipe
+from retain.federated.flower import flower
+from retain.files import read_record, write_json, write_text
+from retain.types import RetainError
+
+PATIENCE = 10.0
+"""Seconds for a first connection."""
+
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+"""Flower's programs tell nobody about the run, and ask nobody for a newer version."""
+
+PROJECT = """\
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "retain-federated"
+version = "{version}"
+description = "A federated recipe of retain"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "retain"
+
+[tool.flwr.app.components]
+serverapp = "retain_app.server:app"
+clientapp = "retain_app.client:app"
+
+[tool.flwr.app.config]
+wait = 600.0
+"""
+
+SERVER = """\
+from pathlib import Path
+
+from retain.commands.flower_app import server_app
+
+app = server_app(Path(__file__).with_name("recipe.json"))
+"""
+
+CLIENT = """\
+from retain.commands.flower_app import client_app
+
+app = client_app()
+"""
+
+
+# -- the connection ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Link:
+    """A SuperLink: where it is, and how it is trusted. `roots`: the CA's certificate; None with `insecure`."""
+
+    host: str
+    port: int
+    roots: Path | None
+    insecure: bool
+
+    @staticmethod
+    def parse(address: str, roots: Path | None, insecure: bool) -> Link:
+        """From the command's options."""
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+            raise RetainError(f"--superlink: {address!r:.80}: write host:port, such as fed.example.org:8000")
+        if insecure and roots is not None:
+            raise RetainError("--insecure: without TLS there is nothing to verify; leave out --root-certificates")
+        if roots is not None and not roots.is_file():
+            raise RetainError(f"--root-certificates: no such file {roots}")
+        return Link(host.strip("[]"), int(port), roots.resolve() if roots else None, insecure)
+
+    @property
+    def address(self) -> str:
+        """As Flower wants it."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def reach(self) -> None:
+        """Connect once. RetainError that says what is wrong: nobody listens, another CA, no TLS there."""
+        try:
+            with socket.create_connection((self.host, self.port), PATIENCE) as plain:
+                self._greet(plain)
+        except (ssl.SSLError, RetainError):
+            raise
+        except OSError as error:
+            raise RetainError(
+                f"--superlink: {self.address} cannot be reached ({error.strerror or error}); is flower-superlink running "
+                "there, and the port open?"
+            ) from None
+
+    def _greet(self, plain: socket.socket) -> None:
+        context = self._context()
+        try:
+            with context.wrap_socket(plain, server_hostname=self.host):
+                speaks = True
+        except ssl.SSLCertVerificationError as error:
+            clock = "; is this machine's clock right?" if error.verify_code in (9, 10) else ""
+            raise RetainError(
+                f"--root-certificates: the certificate of {self.address} is not one that "
+                f"{self.roots or 'this machine'} vouches for ({error.verify_message}){clock}"
+            ) from None
+        except (ssl.SSLError, OSError):  # no TLS there: reset, an answer in plain HTTP, or none
+            speaks = False
+        if speaks and self.insecure:
+            raise RetainError(f"--insecure: {self.address} speaks TLS; give its CA with --root-certificates")
+        if not speaks and not self.insecure:
+            raise RetainError(f"--superlink: {self.address} speaks no TLS; give it certificates, or add --insecure")
+
+    def _context(self) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=str(self.roots) if self.roots else None)
+        except ssl.SSLError as error:
+            raise RetainError(f"--root-certificates: {self.roots} holds no certificate in PEM ({error.reason})") from None
+        if self.insecure:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return context
+
+    def toml(self) -> str:
+        """As an entry of Flower's address book."""
+        trust = "insecure = true" if self.insecure else ""
+        if self.roots:
+            trust = f"root-certificates = {json.dumps(str(self.roots))}"
+        return f'[superlink]\ndefault = "retain"\n\n[superlink.retain]\naddress = "{self.address}"\n{trust}\n'
+
+    def arguments(self) -> list[str]:
+        """For flower-supernode."""
+        trust = ["--insecure"] if self.insecure else []
+        return ["--superlink", self.address, *trust, *(["--root-certificates", str(self.roots)] if self.roots else [])]
+
+
+def program(name: str) -> str:
+    """One of Flower's programs, beside this Python."""
+    flower()
+    path = Path(sys.executable).parent / name
+    if not path.is_file():
+        raise RetainError(f"federated: {name} is not beside {sys.executable}; pip install 'retain[federated]' there")
+    return str(path)
+
+
+def surroundings(home: Path) -> dict[str, str]:
+    """The environment of Flower's programs: they start each other by name, and keep what they install under `home`."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, **QUIET, "PATH": path, "FLWR_HOME": str(home)}
+
+
+# -- the server --------------------------------------------------------------------------------------------------
+
+
+def serve(recipe: Recipe, link: Link, wait: float) -> None:
+    """Submit a run and show what it says until it ends. RetainError where it fails."""
+    flower()
+    spec = recipe.federated
+    if spec is None:
+        raise RetainError(f"{recipe.path}: it has no `federated:` block; add one, or use `retain run`")
+    method = build_method(recipe)
+    server_of(spec, method).check(method)
+    recipe = replace(recipe, out=recipe.out.absolute())
+    link.reach()
+    with TemporaryDirectory(prefix="retain-federate-") as folder:
+        home, app = Path(folder) / "home", Path(folder) / "app"
+        write_app(app, recipe)
+        write_text(home / "config.toml", link.toml())
+        run = _submitted(home, app, wait)
+        print(f"run {run} on {link.address}: {recipe.out}", flush=True)  # noqa: T201
+        try:
+            error = _shown(home, run)
+        except BaseException:  # told to end: the run ends too, and the same command goes on with it
+            with suppress(subprocess.TimeoutExpired):
+                _flwr(home, "stop", run, "retain", timeout=3 * PATIENCE)
+            raise
+        status = _status(home, run)
+    if error:
+        raise RetainError(error)
+    if status != "finished:completed":
+        raise RetainError(f"run {run} ended as {status}; what was saved is kept, and the same command goes on")
+
+
+def write_app(folder: Path, recipe: Recipe) -> None:
+    """The app that Flower sends around: a project file, the recipe, and two lines for each side."""
+    write_text(folder / "pyproject.toml", PROJECT.format(version=__version__))
+    package = folder / "retain_app"
+    for name, text in {"__init__.py": "", "server.py": SERVER, "client.py": CLIENT}.items():
+        write_text(package / name, text)
+    write_json(package / "recipe.json", {"path": str(recipe.path.resolve()), "recipe": recipe.resolved()})
+
+
+def _submitted(home: Path, app: Path, wait: float) -> str:
+    done = _flwr(home, "run", str(app), "retain", "--run-config", f"wait={wait:f}", "--format", "json")
+    answer: object = None
+    with suppress(ValueError):
+        answer = json.loads(done.stdout[done.stdout.index("{") :])
+    if isinstance(answer, dict) and answer.get("success") and answer.get("run-id"):
+        return str(answer["run-id"])
+    said = str(answer.get("error-message", "")) if isinstance(answer, dict) else ""
+    raise RetainError(f"the SuperLink did not take the run: {said or (done.stderr or done.stdout).strip()[-500:]}")
+
+
+def _shown(home: Path, run: str) -> str:
+    """Print what a run says of itself; returns the error that it ended with, or nothing."""
+    command = [program("flwr"), "log", run, "retain", "--stream"]
+    error = ""
+    with _child(command, home) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            _, found, text = line.rstrip("\n").partition(SAID)
+            if found and text.startswith("error: "):
+                error = text.removeprefix("error: ")
+            elif found:
+                print(text, flush=True)  # noqa: T201
+    return error
+
+
+def _status(home: Path, run: str) -> str:
+    done = _flwr(home, "list", "retain", "--run-id", run, "--format", "json")
+    try:
+        return str(json.loads(done.stdout)["runs"][0]["status"])
+    except (ValueError, LookupError, TypeError):
+        return "unknown"
+
+
+def _flwr(home: Path, *words: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    command = [program("flwr"), *words]
+    return subprocess.run(
+        command, env=surroundings(home), capture_output=True, text=True, check=False, timeout=timeout
+    )
+
+
+@contextmanager
+def _child(command: list[str], home: Path) -> Iterator[subprocess.Popen[str]]:
+    """A program of Flower's, ended with us; it has a group of its own, so that a signal reaches it from us alone."""
+    child = subprocess.Popen(
+        command, env=surroundings(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(PATIENCE)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, 9)
+        child.wait()
+
+
+# -- a site --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Joining:
+    """What `retain federate client` was told."""
+
+    recipe: Path
+    overrides: list[str]
+    data: Path
+    link: Link
+    name: str | None = None
+    key: Path | None = None
+    keep: Path | None = None
+    port: int | None = None
+
+
+def join(given: Joining) -> None:
+    """Check a site's recipe, rows and model, then be its SuperNode until told to end. RetainError where it cannot."""
+    command = program("flower-supernode")
+    spec = site_spec(given.data)
+    name = given.name or spec.name
+    if not name:
+        raise RetainError(f"{given.data}: it has no `name`; write one, or give --name")
+    check_key(given.key, given.link)
+    given.link.reach()
+    port = _port(given.port)
+    keep = (given.keep or given.data.resolve().parent / f"kept-{name}").absolute()
+    with _held(keep):
+        old = read_record(keep / "site.json", "site") if (keep / "site.json").is_file() else {}
+        file = SiteFile(
+            name, str(old.get("site") or uuid4().hex), str(given.recipe.absolute()), list(given.overrides),
+            str(given.data.absolute()), str(keep),
+        )  # fmt: skip
+        work = Workplace(file)
+        work.agreed()
+        rows = work.counted()
+        write_json(keep / "site.json", replace(file, base=work.model.fingerprint(), rows=rows).to_data())
+        del work
+        told = ", ".join(f"{n} of {task}" for task, n in rows.items())
+        print(f"{name}: {told}; joins {given.link.address}", flush=True)  # noqa: T201
+        arguments = [*given.link.arguments(), "--port", str(port), "--node-config", f"{NODE}={_quoted(keep / 'site.json')}"]
+        if given.key:
+            arguments += ["--auth-supernode-private-key", str(given.key.resolve())]
+        _follow([command, *arguments], keep / "flower")
+
+
+def check_key(key: Path | None, link: Link) -> None:
+    """A SuperNode's key is OpenSSH's form of an elliptic curve of NIST, and needs TLS."""
+    if key is None:
+        return
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+    make = f"make one with: ssh-keygen -t ecdsa -b 384 -N '' -f {key}"
+    if not key.is_file():
+        raise RetainError(f"--key: no such file {key}; {make}")
+    if link.insecure:
+        raise RetainError("--key: a node shows its key over TLS alone; give --root-certificates instead of --insecure")
+    try:
+        found = load_ssh_private_key(key.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise RetainError(f"--key: {key} is no private key of OpenSSH without a passphrase ({error}); {make}") from None
+    if not isinstance(found, EllipticCurvePrivateKey):
+        raise RetainError(f"--key: {key} is of another kind than ecdsa; {make}")
+
+
+def _port(asked: int | None) -> int:
+    """The port of the SuperNode's own API on this machine: a free one, or the one that was asked for."""
+    with socket.socket() as probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", asked or 0))
+        except OSError as error:
+            raise RetainError(f"--port: {asked} is taken on this machine ({error.strerror}); leave it out") from None
+        return int(probe.getsockname()[1])
+
+
+def _quoted(path: Path) -> str:
+    """A path for --node-config, which knows no escapes."""
+    mark = "'" if "'" not in str(path) else '"'
+    if mark in str(path) or "\\" in str(path):
+        raise RetainError(f"--keep: {path} has quotes or backslashes, which Flower's configuration cannot hold")
+    return f"{mark}{path}{mark}"
+
+
+@contextmanager
+def _held(keep: Path) -> Iterator[None]:
+    """The site's folder, for one process at a time."""
+    try:
+        keep.mkdir(parents=True, exist_ok=True)
+        handle = (keep / "lock").open("w")
+    except OSError as error:
+        raise RetainError(f"--keep: cannot write into {keep}: {error.strerror}") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RetainError(f"--keep: {keep} is in use; this site runs already, or give another folder") from None
+        yield
+
+
+def _follow(command: list[str], home: Path) -> None:
+    """Show what a SuperNode says until it ends. It ends by itself only where it cannot go on."""
+    home.mkdir(parents=True, exist_ok=True)
+    last: list[str] = []
+    with _child(command, home) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            print(line, end="", flush=True)  # noqa: T201
+            if text := line.strip():
+                last = [*last, text][-3:]
+    raise RetainError(f"the SuperNode ended ({' / '.join(last)[-500:]})")
