@@ -61,7 +61,7 @@ def go(
     made, model, tasks = build(method), FakeModel(SPEC), stream()
     chosen = servers.build(server or ("disco" if "disco" in str(method) else "fedavg"))
     given: dict[str, Any] = {"clients": 3, "per_round": 2, "rounds": 2, "skew": "even", **spec}
-    trainer = federation(FederatedSpec(**given), chosen, tasks, 0, path / "clients", tamper=tamper)
+    trainer = federation(FederatedSpec(**given), chosen, tasks, path / "clients", tamper=tamper)
     store = RunDir.open(path, {"x": 1})
     run(model, tasks, made, optim, store, trainer=trainer)
     return store

@@ -72,7 +72,7 @@ def build_federation(recipe: Recipe, stream: Stream, method: Method, kept: Path)
             )
     return prefixed(
         f"{recipe.path}: federated",
-        lambda: federation(spec, server, stream, recipe.seed, kept, agreed=agreed),
+        lambda: federation(spec, server, stream, kept, agreed=agreed),
     )
 
 

@@ -48,14 +48,13 @@ def federation(
     spec: FederatedSpec,
     server: Server,
     stream: Stream,
-    seed: int,
     kept: Path,
     *,
     agreed: str = "",
     tamper: Tamper | None = None,
 ) -> Federation:
     """The trainer of a federated run in this process; each client keeps what stays with it under `kept`."""
-    split = make(spec, stream, seed)
+    split = make(spec, stream)
 
     def rows_of(client: str) -> Callable[[str], Examples]:
         return lambda unit: split.examples(unit, client, stream)

@@ -29,7 +29,7 @@ from retain.federated.message import Message
 from retain.federated.server import ClientInfo, Server, ServerState, Update, adapters_of, own
 from retain.federated.site import CLOSE
 from retain.federated.spec import FederatedSpec
-from retain.federated.split import Split, Stage, sample
+from retain.federated.split import Split, Stage, seats
 from retain.method import Context, Method
 from retain.methods.disco import Token
 from retain.models.base import Model
@@ -84,7 +84,8 @@ class Federation:
         return [self._task(stage, stream) for stage in self.split.stages]
 
     def _task(self, stage: Stage, stream: Stream) -> Task:
-        taught = [t for t in stream if t.name in self.split.taught(stage)]
+        names = self.split.taught(stage)
+        taught = [t for t in stream if t.name in names]
         first = taught[0]
         train = first.train if len(taught) == 1 else Joined(*(t.train for t in taught))
         return Task(stage.name, train, first.test, first.score, first.max_new_tokens,
@@ -259,7 +260,7 @@ class StageRun:
     def _round(self, r: int, state: ServerState) -> tuple[ServerState, float]:
         fed, began = self.fed, time.perf_counter()
         sent, received = self.stats.sent, self.stats.received
-        selected = self._selected(r)
+        selected = seats(fed.spec, fed.split, self.index, r, self.ctx.seed)
         infos = self._infos(r, selected, state)
         if not infos:
             raise RetainError(
@@ -301,16 +302,6 @@ class StageRun:
             round_s=round(time.perf_counter() - began, 3), **fed.server.told(state),
         )  # fmt: skip
         return state, loss
-
-    def _selected(self, r: int) -> list[tuple[str, str]]:
-        """The round's clients, each with the unit that its place stands for."""
-        fed = self.fed
-        units = self.stage.units
-        if len(set(units)) == 1:
-            there = [c for c, n in fed.split.counts(units[0]).items() if n]
-            return [(c, units[0]) for c in sample(fed.spec, self.index, r, there, self.ctx.seed)]
-        chosen = sample(fed.spec, self.index, r, list(fed.split.clients), self.ctx.seed)
-        return [(c, u) for c, u in zip(chosen, units, strict=False) if fed.split.counts(u).get(c)]
 
     def _infos(self, r: int, selected: Sequence[tuple[str, str]], state: ServerState) -> list[ClientInfo]:
         """What is known of them, their tokens asked for where the server needs them."""

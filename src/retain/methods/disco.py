@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -51,7 +51,7 @@ from retain.methods._parts import (
 from retain.models.base import Model
 from retain.stream import Stream
 from retain.types import Batch, Guide
-from retain.values import CountOrOff, Share
+from retain.values import LATER, CountOrOff, Share
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +76,20 @@ def cosines(guide: Guide, cache: Sequence[Token], image_weight: float) -> Tensor
     return similarity(guide, image_KF, text_KD, image_weight, 1 - image_weight)
 
 
-def activation(cosine_BK: Tensor, eps: float) -> Tensor:
-    """alpha (B, K) = softmax(cos / eps): how much each subspace counts for each sample."""
-    return torch.softmax(cosine_BK / eps, dim=-1)
+Activation = Literal["softmax", "argmax", "cosine", "concatenation"]
+
+
+def activation(cosine_BK: Tensor, eps: float, how: Activation = "softmax") -> Tensor:
+    """alpha (B, K): how much each subspace counts for each sample.
+
+    softmax(cos / eps) is the paper's. Its ablation also has the best one alone (argmax), the cosines as they are, and
+    all of them with weight 1, as if they were concatenated.
+    """
+    if how == "softmax":
+        return torch.softmax(cosine_BK / eps, dim=-1)
+    if how == "argmax":
+        return F.one_hot(cosine_BK.argmax(-1), cosine_BK.shape[-1]).to(cosine_BK)
+    return cosine_BK if how == "cosine" else torch.ones_like(cosine_BK)
 
 
 def match(token: Token, cache: Sequence[Token], tau: float, image_weight: float = 0.0) -> int | None:
@@ -126,6 +137,7 @@ class Disco(Method):
     eps: Annotated[float, Field(ge=1e-6)] = 0.05
     image_weight: Share = 0.0
     token_samples: CountOrOff = 0  # 0: the whole training set
+    activation: Activation = field(default="softmax", metadata=LATER)
 
     group_of: dict[str, str] = field(init=False, default_factory=dict)  # task -> adapter, in learning order
     image_mean: dict[str, Tensor] = field(init=False, default_factory=dict)  # adapter -> (F,)
@@ -176,9 +188,10 @@ class Disco(Method):
         if not self.count:
             return None
         names = list(self.count)
-        if len(names) == 1:
+        if len(names) == 1 and self.activation != "cosine":
             return Mix({names[0]: 1.0})
-        alpha_BK = activation(cosines(ctx.model.guide(batch), self.cache, self.image_weight), self.eps)
+        cosine_BK = cosines(ctx.model.guide(batch), self.cache, self.image_weight)
+        alpha_BK = activation(cosine_BK, self.eps, self.activation)
         each = dict(zip(names, alpha_BK.t().contiguous().to(ctx.model.device), strict=True))
         return Mix(
             {self._newest: 1.0}, dict.fromkeys(range(ctx.model.n_layers), each)

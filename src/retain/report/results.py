@@ -134,13 +134,14 @@ def per_task(groups: Sequence[Group]) -> str:
 
 def budgets(groups: Sequence[Group]) -> str:
     """What each method took, mean over seeds."""
+    costs = [c for c in summary.COSTS if any(summary.mean_cost(g, c.key) is not None for g in groups)]
     lines = [
         "**Budgets**, mean over seeds:\n",
-        "| method | " + " | ".join(c.words for c in summary.COSTS) + " |",
+        "| method | " + " | ".join(c.words for c in costs) + " |",
     ]
-    lines.append("|---|" + "---:|" * len(summary.COSTS))
+    lines.append("|---|" + "---:|" * len(costs))
     for g in groups:
-        cells = [summary.written(c, summary.mean_cost(g, c.key)) for c in summary.COSTS]
+        cells = [summary.written(c, summary.mean_cost(g, c.key)) for c in costs]
         lines.append(f"| {g.label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -237,6 +237,8 @@ COSTS = (
     Cost("eval_s", "evaluation time", duration, False),
     Cost("wall_s", "wall time", duration, False),
     Cost("peak_memory_bytes", "peak memory", size, False),
+    Cost("sent_bytes", "sent to clients", size, False),  # federated
+    Cost("received_bytes", "received from clients", size, False),
 )
 
 

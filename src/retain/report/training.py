@@ -15,7 +15,9 @@ _OURS = frozenset(
     {"time", "kind", "task", "step", "loss", "losses", "first", "lr", "who", "method", "name", "row", "n"}
     | {"verdict"}
 )
-_LOOP = frozenset({"step", "stage", "cell", "row", "note"})  # kinds of event that are not a method's
+_LOOP = frozenset(
+    {"step", "stage", "cell", "row", "note", "round", "client_left_out"}
+)  # kinds of event that are not a method's
 _SHORT = 200  # rows of a table of logs, the last ones
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from retain.metrics.intervals import Array
 from retain.report import figures, samples, summary
+from retain.report.federated import federated_view
 from retain.report.figures import Axis, Line
 from retain.report.load import Group, Run
 from retain.report.training import Points, Training, smooth, thin, training
@@ -42,6 +43,7 @@ def run_view(run: Run) -> View:
         view["curves"] = curves(run)
         view["bars"] = bars(run)
         view["gains"] = any(bar["change"] > 0 for bar in view["bars"])
+    view["federated"] = federated_view(run)
     view["published"] = summary.beside_published([Group(run.label, (run,))])
     view["forgotten"] = samples.forgotten(run)
     view["routing"] = routing_heat(run)

@@ -359,6 +359,7 @@ def _budget(r: Running, row: Row, before: Row | None, cells: Mapping[str, Cell])
         "eval_flops": r.model.flops_per_token() * sum(c["tokens"] for c in cells.values()),
         "train_s": train_s, "eval_s": eval_s, "wall_s": train_s + eval_s,
     }  # fmt: skip
+    total |= {f"{k}_bytes": fitted[k] for k in ("sent", "received") if k in fitted}  # federated
     total = {k: v + old.get(k, 0) for k, v in total.items()}
     peak = max(peak_memory(r.model.device), fitted.get("peak_memory_bytes", 0))
     return {
