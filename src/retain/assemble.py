@@ -51,7 +51,7 @@ def build_stream(recipe: Recipe) -> Stream:
     """The benchmark by name, or the user's own files, read and checked."""
     where = f"{recipe.path}: stream"
     if "tasks" in recipe.stream:
-        learned = ("test",) if recipe.federated else ("train", "test")  # a server of sites need not have their rows
+        learned = ("test",) if recipe.federated else ("train", "test")  # rows may be at sites
         stream = _from_files(fill(FilesSpec, recipe.stream, where), where, learned)
     else:
         stream = _benchmark(recipe.stream, where)
@@ -157,7 +157,10 @@ def _benchmark(stream: Plain, where: str) -> Stream:
 
 
 def _from_files(spec: FilesSpec, where: str, learned: tuple[str, ...]) -> Stream:
-    """Read every file of every task; all images are checked before anything is trained. A task needs splits to be learned."""
+    """Read every file of every task; all images are checked before anything is trained.
+
+    `learned`: the splits that a task must have to be learned here.
+    """
 
     def examples(task: TaskSpec, split: str) -> Any:
         name = getattr(task, split)
@@ -169,8 +172,8 @@ def _from_files(spec: FilesSpec, where: str, learned: tuple[str, ...]) -> Stream
             if not getattr(task, split):
                 raise RetainError(f"{at} ({task.name}): the key {split!r} is missing")
         parts = {split: examples(task, split) for split in ("train", "test", "valid")}
-        for split in parts:
-            if getattr(task, split) and not parts[split]:
+        for split in needed:
+            if not parts[split]:
                 raise RetainError(f"{at} ({task.name}): {split}: {getattr(task, split)} has no row")
         compat = score(task.compat) if task.compat else None
         return Task(

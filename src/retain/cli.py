@@ -419,7 +419,9 @@ def analyse_merge(
 federate = typer.Typer(no_args_is_help=True, help="A federated recipe on Flower (the extra `federated`).")
 app.add_typer(federate, name="federate")
 SuperLink = Annotated[str, typer.Option(help="host:port of the SuperLink", metavar="HOST:PORT")]
-Roots = Annotated[Path | None, typer.Option(help="the certificate of the CA that signed the SuperLink's", callback=_path)]
+Roots = Annotated[
+    Path | None, typer.Option(help="the certificate of the CA that signed the SuperLink's", callback=_path)
+]
 Insecure = Annotated[bool, typer.Option("--insecure", help="without TLS: for trials on one machine")]
 
 
@@ -430,7 +432,9 @@ def federate_server(
     overrides: Overrides = None,
     root_certificates: Roots = None,
     insecure: Insecure = False,
-    wait: Annotated[float, typer.Option(help="seconds in which the clients must come", min=0, max=1e9)] = 600.0,
+    wait: Annotated[
+        float, typer.Option(help="seconds in which the clients must come", min=0, max=1e9)
+    ] = 600.0,
 ) -> None:
     """Submit a recipe to a SuperLink and show its rounds. After a crash the same command continues."""
     from retain import config
@@ -449,12 +453,15 @@ def federate_client(
     name: Annotated[str | None, typer.Option(help="this site's name; default: that in --data")] = None,
     root_certificates: Roots = None,
     insecure: Insecure = False,
-    key: Annotated[Path | None, typer.Option(help="this node's private key (ecdsa, OpenSSH)", callback=_path)] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="this node's private key (ecdsa, OpenSSH)", callback=_path)
+    ] = None,
     keep: Annotated[
         Path | None, typer.Option(help="what stays here; default: kept-NAME beside --data", callback=_folder)
     ] = None,
     port: Annotated[
-        int | None, typer.Option(help="of the SuperNode on this machine; default: a free one", min=1, max=65535)
+        int | None,
+        typer.Option(help="of the SuperNode on this machine; default: a free one", min=1, max=65535),
     ] = None,
 ) -> None:
     """Take part with this site's own rows; only adapters, tokens and counts leave it."""
@@ -467,15 +474,15 @@ def federate_client(
 @federate.command("split")
 def federate_split(
     recipe: RecipeFile,
-    out: Annotated[Path, typer.Option(help="folder to write: one for each client", callback=_folder)],
+    out: Annotated[Path, typer.Option(help="folder to write", callback=_folder)],
     overrides: Overrides = None,
 ) -> None:
     """Write each client's rows and its YAML from the recipe's split, for trials with sites of one's own."""
     from retain import config
-    from retain.commands.federate_split import split
+    from retain.commands import federate as of_flower
 
-    for folder, told in split(config.load(recipe, overrides or []), out):
-        typer.echo(f"{folder}: {told}")
+    for line in of_flower.split(config.load(recipe, overrides or []), out):
+        typer.echo(line)
 
 
 def call() -> None:

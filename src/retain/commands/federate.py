@@ -20,12 +20,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
+import yaml
+
 from retain import __version__
-from retain.assemble import build_method, server_of
+from retain.assemble import build_method, build_stream, server_of
 from retain.commands.flower_app import NODE, SAID, SiteFile, Workplace, site_spec
 from retain.config import Recipe
 from retain.federated.flower import flower
+from retain.federated.split import make, write_partitions
 from retain.files import read_record, write_json, write_text
+from retain.plain import prefixed
 from retain.types import RetainError
 
 PATIENCE = 10.0
@@ -94,7 +98,9 @@ class Link:
         if not host or not port.isdigit() or not 0 < int(port) < 2**16:
             raise RetainError(f"--superlink: {address!r:.80}: write host:port, such as fed.example.org:8000")
         if insecure and roots is not None:
-            raise RetainError("--insecure: without TLS there is nothing to verify; leave out --root-certificates")
+            raise RetainError(
+                "--insecure: without TLS there is nothing to verify; leave out --root-certificates"
+            )
         if roots is not None and not roots.is_file():
             raise RetainError(f"--root-certificates: no such file {roots}")
         return Link(host.strip("[]"), int(port), roots.resolve() if roots else None, insecure)
@@ -133,13 +139,17 @@ class Link:
         if speaks and self.insecure:
             raise RetainError(f"--insecure: {self.address} speaks TLS; give its CA with --root-certificates")
         if not speaks and not self.insecure:
-            raise RetainError(f"--superlink: {self.address} speaks no TLS; give it certificates, or add --insecure")
+            raise RetainError(
+                f"--superlink: {self.address} speaks no TLS; give it certificates, or add --insecure"
+            )
 
     def _context(self) -> ssl.SSLContext:
         try:
             context = ssl.create_default_context(cafile=str(self.roots) if self.roots else None)
         except ssl.SSLError as error:
-            raise RetainError(f"--root-certificates: {self.roots} holds no certificate in PEM ({error.reason})") from None
+            raise RetainError(
+                f"--root-certificates: {self.roots} holds no certificate in PEM ({error.reason})"
+            ) from None
         if self.insecure:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return context
@@ -154,7 +164,12 @@ class Link:
     def arguments(self) -> list[str]:
         """For flower-supernode."""
         trust = ["--insecure"] if self.insecure else []
-        return ["--superlink", self.address, *trust, *(["--root-certificates", str(self.roots)] if self.roots else [])]
+        return [
+            "--superlink",
+            self.address,
+            *trust,
+            *(["--root-certificates", str(self.roots)] if self.roots else []),
+        ]
 
 
 def program(name: str) -> str:
@@ -162,7 +177,9 @@ def program(name: str) -> str:
     flower()
     path = Path(sys.executable).parent / name
     if not path.is_file():
-        raise RetainError(f"federated: {name} is not beside {sys.executable}; pip install 'retain[federated]' there")
+        raise RetainError(
+            f"federated: {name} is not beside {sys.executable}; pip install 'retain[federated]' there"
+        )
     return str(path)
 
 
@@ -201,7 +218,9 @@ def serve(recipe: Recipe, link: Link, wait: float) -> None:
     if error:
         raise RetainError(error)
     if status != "finished:completed":
-        raise RetainError(f"run {run} ended as {status}; what was saved is kept, and the same command goes on")
+        raise RetainError(
+            f"run {run} ended as {status}; what was saved is kept, and the same command goes on"
+        )
 
 
 def write_app(folder: Path, recipe: Recipe) -> None:
@@ -221,7 +240,9 @@ def _submitted(home: Path, app: Path, wait: float) -> str:
     if isinstance(answer, dict) and answer.get("success") and answer.get("run-id"):
         return str(answer["run-id"])
     said = str(answer.get("error-message", "")) if isinstance(answer, dict) else ""
-    raise RetainError(f"the SuperLink did not take the run: {said or (done.stderr or done.stdout).strip()[-500:]}")
+    raise RetainError(
+        f"the SuperLink did not take the run: {said or (done.stderr or done.stdout).strip()[-500:]}"
+    )
 
 
 def _shown(home: Path, run: str) -> str:
@@ -314,7 +335,13 @@ def join(given: Joining) -> None:
         del work
         told = ", ".join(f"{n} of {task}" for task, n in rows.items())
         print(f"{name}: {told}; joins {given.link.address}", flush=True)  # noqa: T201
-        arguments = [*given.link.arguments(), "--port", str(port), "--node-config", f"{NODE}={_quoted(keep / 'site.json')}"]
+        arguments = [
+            *given.link.arguments(),
+            "--port",
+            str(port),
+            "--node-config",
+            f"{NODE}={_quoted(keep / 'site.json')}",
+        ]
         if given.key:
             arguments += ["--auth-supernode-private-key", str(given.key.resolve())]
         _follow([command, *arguments], keep / "flower")
@@ -332,11 +359,15 @@ def check_key(key: Path | None, link: Link) -> None:
     if not key.is_file():
         raise RetainError(f"--key: no such file {key}; {make}")
     if link.insecure:
-        raise RetainError("--key: a node shows its key over TLS alone; give --root-certificates instead of --insecure")
+        raise RetainError(
+            "--key: a node shows its key over TLS alone; give --root-certificates instead of --insecure"
+        )
     try:
         found = load_ssh_private_key(key.read_bytes(), None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise RetainError(f"--key: {key} is no private key of OpenSSH without a passphrase ({error}); {make}") from None
+        raise RetainError(
+            f"--key: {key} is no private key of OpenSSH without a passphrase ({error}); {make}"
+        ) from None
     if not isinstance(found, EllipticCurvePrivateKey):
         raise RetainError(f"--key: {key} is of another kind than ecdsa; {make}")
 
@@ -348,7 +379,9 @@ def _port(asked: int | None) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", asked or 0))
         except OSError as error:
-            raise RetainError(f"--port: {asked} is taken on this machine ({error.strerror}); leave it out") from None
+            raise RetainError(
+                f"--port: {asked} is taken on this machine ({error.strerror}); leave it out"
+            ) from None
         return int(probe.getsockname()[1])
 
 
@@ -356,7 +389,9 @@ def _quoted(path: Path) -> str:
     """A path for --node-config, which knows no escapes."""
     mark = "'" if "'" not in str(path) else '"'
     if mark in str(path) or "\\" in str(path):
-        raise RetainError(f"--keep: {path} has quotes or backslashes, which Flower's configuration cannot hold")
+        raise RetainError(
+            f"--keep: {path} has quotes or backslashes, which Flower's configuration cannot hold"
+        )
     return f"{mark}{path}{mark}"
 
 
@@ -372,7 +407,9 @@ def _held(keep: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RetainError(f"--keep: {keep} is in use; this site runs already, or give another folder") from None
+            raise RetainError(
+                f"--keep: {keep} is in use; this site runs already, or give another folder"
+            ) from None
         yield
 
 
@@ -387,3 +424,29 @@ def _follow(command: list[str], home: Path) -> None:
             if text := line.strip():
                 last = [*last, text][-3:]
     raise RetainError(f"the SuperNode ended ({' / '.join(last)[-500:]})")
+
+
+# -- trials ----------------------------------------------------------------------------------------------------------
+
+
+def split(recipe: Recipe, out: Path) -> Iterator[str]:
+    """Write every client's rows (`retain.federated.split.write_partitions`) and its YAML; yields what each one has.
+
+    A row is what it was, and so are a picture's pixels: a run of these sites is the run in one process.
+    """
+    spec = recipe.federated
+    if spec is None:
+        raise RetainError(f"{recipe.path}: it has no `federated:` block, so there is nothing to split")
+    stream = build_stream(recipe)
+    made = prefixed(f"{recipe.path}: federated", lambda: make(spec, stream))
+    write_partitions(made, stream, out, copy=True)
+    for k, client in enumerate(made.clients):
+        counts = {u.name: made.counts(u.name)[client] for u in made.units}
+        tasks = {
+            u.name: {"train": f"Task{s}/client_{k}.json"}
+            for s, u in enumerate(made.units, 1)
+            if counts[u.name]
+        }
+        site = yaml.safe_dump({"name": client, "tasks": tasks}, sort_keys=False, allow_unicode=True)
+        write_text(out / f"{client}.yaml", site)
+        yield f"{out / client}.yaml: {', '.join(f'{n} of {u}' for u, n in counts.items() if n)}"

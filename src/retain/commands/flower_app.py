@@ -23,9 +23,10 @@ from retain.commands.run import check_examples, start
 from retain.config import Recipe, load, parse
 from retain.data import read
 from retain.data.picture import MAX_PIXELS
-from retain.federated.door import Card, Terms, frame, units_of
+from retain.federated.door import Card, Terms, units_of
 from retain.federated.flower import Station, deployed, flower
 from retain.federated.site import Kept, Site
+from retain.federated.split import plan
 from retain.files import read_record
 from retain.method import Method
 from retain.metrics import render, score
@@ -80,12 +81,11 @@ def serve(grid: Any, recipe_file: Path, wait: float, poll: float = 1.0) -> None:
         assert spec is not None
         server = server_of(spec, method)
         server.check(method)
-        units = units_of(frame(spec, stream, recipe.seed).units)
+        units = units_of(plan(spec, stream)[0])
         terms = Terms(version("retain"), agreed(recipe, server), model.fingerprint(), units)
         say(f"waits for {spec.clients} clients")
         return deployed(
-            grid, spec, server, stream, recipe.seed, recipe.out, terms, agreement(recipe, server),
-            wait=wait, say=say, poll=poll,
+            grid, spec, server, stream, recipe.out, terms, agreement(recipe, server), wait=wait, say=say, poll=poll,
         )  # fmt: skip
 
     matrix, _ = start(recipe, quiet=True, federate=federate)
@@ -150,7 +150,9 @@ class Workplace:
         """The site's own recipe."""
         recipe = load(self.file.recipe, self.file.overrides)
         if recipe.federated is None:
-            raise RetainError(f"{recipe.path}: it has no `federated:` block, so there is nothing to take part in")
+            raise RetainError(
+                f"{recipe.path}: it has no `federated:` block, so there is nothing to take part in"
+            )
         return recipe
 
     @cached_property
@@ -190,7 +192,9 @@ class Workplace:
         tasks = [Task(n, self.rows(n), (), score("exact")) for n in self._data[0].tasks]
         for task in tasks:
             if not len(task.train):
-                raise RetainError(f"{self.file.data}: tasks.{task.name}: {self._data[0].tasks[task.name].train} has no row")
+                raise RetainError(
+                    f"{self.file.data}: tasks.{task.name}: {self._data[0].tasks[task.name].train} has no row"
+                )
         check_examples(self.model, Stream("site", tuple(tasks)), self.recipe.optim.turns)
         return {t.name: len(t.train) for t in tasks}
 
@@ -224,9 +228,13 @@ def site_spec(path: Path) -> SiteSpec:
     file = real_path(path, "--data")
     if not file.is_file():
         raise RetainError(f"--data: no such file {file}")
-    spec = fill(SiteSpec, plain(read_yaml(read_small(file, "a site's YAML"), str(file)), str(file)), str(file))
+    spec = fill(
+        SiteSpec, plain(read_yaml(read_small(file, "a site's YAML"), str(file)), str(file)), str(file)
+    )
     if not spec.tasks:
-        raise RetainError(f"{file}: tasks: there is none; name a file of rows for each task that this site has")
+        raise RetainError(
+            f"{file}: tasks: there is none; name a file of rows for each task that this site has"
+        )
     return spec
 
 

@@ -21,7 +21,6 @@ from retain.signals import Stop
 from retain.stream import Stream
 from retain.types import RetainError
 
-
 Federate = Callable[[Recipe, Stream, Method, Model], Trainer]
 """Makes the trainer of a federated recipe: clients in this process, or on other machines."""
 
@@ -36,7 +35,8 @@ def start(
 ) -> tuple[AccuracyMatrix, bool]:
     """Run a recipe, or continue it; returns the matrix, and whether this process should print it.
 
-    `federate` makes the trainer of a federated recipe. `stop` as in `continual.run`. RetainError where memory ends, with what `retain plan` estimates.
+    `federate` makes the trainer of a federated recipe, `stop` as in `continual.run`. RetainError where memory ends, with
+    what `retain plan` estimates.
     """
     try:
         with Engine.start(recipe.model.device) as engine:

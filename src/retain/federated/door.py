@@ -10,19 +10,18 @@ beginning waits for another run. Names are what sites claim: who may claim one i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from retain.federated.message import Message, words
 from retain.federated.spec import FederatedSpec
-from retain.federated.split import Split, Unit, make
+from retain.federated.split import Split, Unit, plan
 from retain.files import read_record, write_json
 from retain.plain import near
 from retain.stream import Stream
-from retain.types import Example, RetainError
-from retain.types import Message as Turn
+from retain.types import RetainError
 
 CLOCK = 60.0
 """Seconds by which two clocks may differ: certificates, signatures and deadlines are compared by them."""
@@ -115,18 +114,24 @@ class Roster:
     sites: Mapping[str, str]
     run: str = field(default_factory=lambda: uuid4().hex)
 
-    def split(self, spec: FederatedSpec, stream: Stream, seed: int) -> Split:
-        """As a split: clients by name, rows as numbers of their own files. RetainError for a unit without rows."""
-        made = frame(spec, stream, seed)
+    def split(self, spec: FederatedSpec, stream: Stream) -> Split:
+        """As a split: clients by name, rows as if the files of all sites stood behind each other.
+
+        RetainError for a unit of which nobody has rows.
+        """
+        units, stages = plan(spec, stream)
         clients = tuple(sorted(self.rows))
-        for unit in dict.fromkeys(u for stage in made.stages for u in stage.units):
+        for unit in dict.fromkeys(u for stage in stages for u in stage.units):
             if not any(self.rows[c].get(unit) for c in clients):
                 raise RetainError(f"no client has a row of {unit!r}; there are {', '.join(clients)}")
-        rows = {
-            u.name: {c: tuple((u.name, i) for i in range(self.rows[c].get(u.name, 0))) for c in clients}
-            for u in made.units
-        }
-        return replace(made, clients=clients, rows=rows)
+        rows = {}
+        for u in units:
+            counts, at = {c: self.rows[c].get(u.name, 0) for c in clients}, 0
+            rows[u.name] = dict[str, tuple[tuple[str, int], ...]]()
+            for c in [c for c in clients if counts[c]]:
+                rows[u.name][c] = tuple((u.name, i) for i in range(at, at + counts[c]))
+                at += counts[c]
+        return Split(units, stages, clients, rows)
 
     def refusal(self, client: str, site: str, rows: Mapping[str, int]) -> str:
         """Why a site cannot take part in the run as it began; "" where it can."""
@@ -151,18 +156,6 @@ class Roster:
             return None
         found = read_record(folder / FILE, "rows", "sites", "run")
         return Roster(found["rows"], found["sites"], found["run"])
-
-
-def frame(spec: FederatedSpec, stream: Stream, seed: int) -> Split:
-    """Units and stages: they are the recipe's, and depend on nobody's rows.
-
-    So they are read off an even split of rows that stand in for those at the sites.
-    """
-    turns = (Turn("user", "?"), Turn("assistant", "!"))
-    n = 2 * spec.clients * getattr(spec, "min_rows", 1)
-    rows = [Example(str(i), turns) for i in range(n)]
-    tasks = tuple(replace(t, train=rows) for t in stream)
-    return make(replace(spec, skew="even", partitions=None), Stream(stream.name, tasks), seed)
 
 
 def units_of(units: tuple[Unit, ...]) -> dict[str, tuple[str, ...]]:

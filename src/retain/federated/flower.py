@@ -188,7 +188,9 @@ class Door:
             fit = [n for n in nodes if not whys[n]]
             sites = {self._card(n).site for n in fit}
             if len(sites) > 1:
-                whys |= {n: f"{len(fit)} sites have the name {client!r}; give each its own --name" for n in fit}
+                whys |= {
+                    n: f"{len(fit)} sites have the name {client!r}; give each its own --name" for n in fit
+                }
             elif fit:
                 places[client] = max(fit, key=lambda n: self._card(n).time)
             for node, why in whys.items():
@@ -251,7 +253,9 @@ class Door:
         cards = {c: self._card(n) for c, n in self.places.items()}
         names = sorted(cards)
         if len(names) > n:
-            raise RetainError(f"federated.clients: {n}, but {len(names)} are there: {', '.join(names)}; set it to that")
+            raise RetainError(
+                f"federated.clients: {n}, but {len(names)} are there: {', '.join(names)}; set it to that"
+            )
         self.roster = Roster({c: self.terms.rows(cards[c]) for c in names}, {c: cards[c].site for c in names})
         return self.roster
 
@@ -362,7 +366,6 @@ def deployed(
     spec: FederatedSpec,
     server: Server,
     stream: Stream,
-    seed: int,
     folder: Path,
     terms: Terms,
     agreed: str,
@@ -373,7 +376,7 @@ def deployed(
 ) -> Deployed:
     """The trainer of a run over a grid, once its clients are there; `folder` is the run's, which may have begun."""
     door = Door(grid, terms, Roster.load(folder), say)
-    split = door.gathered(spec.clients, wait, poll).split(spec, stream, seed)
+    split = door.gathered(spec.clients, wait, poll).split(spec, stream)
 
     def connect(model: Model, half: Method, optim: Optim, engine: Engine) -> FlowerTransport:
         return FlowerTransport(grid, door, spec.deadline, poll)
