@@ -89,8 +89,9 @@ def serve(grid: Any, recipe_file: Path, wait: float, poll: float = 1.0) -> None:
         )  # fmt: skip
 
     matrix, _ = start(recipe, quiet=True, federate=federate)
-    for row in (*render.matrix_rows(matrix), *(r[:2] for r in render.metric_rows(matrix.metrics()))):
-        say("  ".join(row))
+    for name, value, *_ in render.metric_rows(matrix.metrics())[1:]:
+        if value:
+            say(f"{name}: {value}")
     say(f"done: {recipe.out}")
 
 

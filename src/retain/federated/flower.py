@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -358,7 +359,18 @@ class Deployed(Federation):
         if Roster.load(self.folder) is None:
             self.door.roster.save(self.folder)
         self.door.logged(ctx.log)
+        ctx.log = partial(self._told, ctx.log)
         return super().fit(model, method, ctx, optim, engine, checkpoints, on_step, tuned, stop)
+
+    def _told(self, log: Log, **event: Any) -> None:
+        """An event of a round, and a line of it for who waits."""
+        assert self.door is not None
+        log(**event)
+        kind, at = event.get("kind"), f"{event.get('task')}, round {event.get('round')} of {self.spec.rounds}"
+        if kind == "round":
+            self.door.say(f"{at}: loss {event['loss']:.4f} of {', '.join(event['clients'])}")
+        elif kind == "client_left_out":
+            self.door.say(f"{at}: without {event['client']}: {event['why']}")
 
 
 def deployed(
