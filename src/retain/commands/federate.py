@@ -217,6 +217,10 @@ def serve(recipe: Recipe, link: Link, wait: float) -> None:
         status = _status(home, run)
     if error:
         raise RetainError(error)
+    if status == "unknown":
+        raise RetainError(
+            f"{link.address} does not answer any more; what was saved is kept, and the same command goes on"
+        )
     if status != "finished:completed":
         raise RetainError(
             f"run {run} ended as {status}; what was saved is kept, and the same command goes on"
