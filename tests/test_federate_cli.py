@@ -9,6 +9,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from retain.commands import federate
 from retain.commands.flower_app import SiteFile, Workplace
 from retain.data.picture import opened
 from retain.federated.split import make
+from retain.types import RetainError
 
 FEDERATED = "federated: {clients: 3, per_round: 2, rounds: 2, skew: even}\n"
 
@@ -81,6 +83,9 @@ def refused(*words: Any) -> str:
     lines = [line for line in result.output.splitlines() if line.strip()]
     assert result.exit_code == 2 and len(lines) == 1 and lines[0].startswith("error: "), result.output
     return lines[0]
+
+
+FOLLOW = federate._follow
 
 
 @pytest.fixture(autouse=True)
@@ -272,3 +277,40 @@ def test_a_split_is_what_the_sites_read(shop: Path) -> None:
                 assert a.images and len(a.images) == len(b.images)
                 for x, y in zip(a.images, b.images, strict=True):
                     assert np.array_equal(np.asarray(opened(x, "a")), np.asarray(opened(y, "b")))
+
+
+def test_a_node_that_is_not_let_in_ends_with_its_reason(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its helper process lives on and holds its output: it is ended, and not waited for."""
+    node = tmp_path / "node.py"
+    node.write_text(
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
+        "print('Starting Flower SuperNode')\n"
+        "print('\\x1b[91mERROR \\x1b[0m:     Exit Code: 305')\n"
+        "print('Failed to initialize the connection to the SuperLink.\\n[code: 2004] Failed to activate SuperNode.')\n"
+        "print('\\nFor more information, visit: <x>\\nINFO:     Shutting down')\n"
+        "sys.exit(1)\n"
+    )
+    with pytest.raises(RetainError) as error:
+        FOLLOW([sys.executable, str(node)], tmp_path / "home")
+    assert str(error.value) == (
+        "the SuperNode ended: Failed to initialize the connection to the SuperLink. [code: 2004] Failed to activate "
+        "SuperNode. Give a key with --key, and have it registered on the server: flwr supernode register KEY.pub"
+    )
+    assert "Starting Flower SuperNode" in capfd.readouterr().out
+    helper = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        if not _lives(helper):
+            break
+        time.sleep(0.1)
+    assert not _lives(helper)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return "(zombie)" not in Path(f"/proc/{pid}/status").read_text() and Path(f"/proc/{pid}").exists()
+    except OSError:
+        return False

@@ -9,10 +9,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -420,14 +422,37 @@ def _held(keep: Path) -> Iterator[None]:
 def _follow(command: list[str], home: Path) -> None:
     """Show what a SuperNode says until it ends. It ends by itself only where it cannot go on."""
     home.mkdir(parents=True, exist_ok=True)
-    last: list[str] = []
+    said: list[str] = []
     with _child(command, home) as child:
-        assert child.stdout is not None
+        reader = threading.Thread(target=_echo, args=(child, said), daemon=True)
+        reader.start()
+        child.wait()  # not for the end of its output: what it started holds that open
+        reader.join(1.0)
+    raise RetainError(f"the SuperNode ended: {_why(said)}")
+
+
+def _echo(child: subprocess.Popen[str], said: list[str]) -> None:
+    assert child.stdout is not None
+    with suppress(ValueError):  # closed
         for line in child.stdout:
             print(line, end="", flush=True)  # noqa: T201
-            if text := line.strip():
-                last = [*last, text][-3:]
-    raise RetainError(f"the SuperNode ended ({' / '.join(last)[-500:]})")
+            if text := re.sub(r"\x1b\[[0-9;]*m", "", line).strip():
+                said.append(text)
+                del said[:-200]
+
+
+def _why(said: list[str]) -> str:
+    """What Flower says behind its exit code, or the last lines; and what a site can do about a key."""
+    at = [i for i, line in enumerate(said) if "Exit Code:" in line]
+    end = [i for i, line in enumerate(said) if line.startswith("For more information")]
+    lines = said[at[-1] + 1 : end[-1] if end else at[-1] + 4] if at else said[-3:]
+    text = " ".join(lines)[:600]
+    known = "[code: 2001]", "[code: 2004]"  # nodes must have keys; this one's is not registered
+    if any(k in text for k in known):
+        text += (
+            " Give a key with --key, and have it registered on the server: flwr supernode register KEY.pub"
+        )
+    return text or "it said nothing"
 
 
 # -- trials ----------------------------------------------------------------------------------------------------------

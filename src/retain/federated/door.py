@@ -50,8 +50,10 @@ class Card:
     def from_bytes(data: bytes, who: str) -> Card:
         """The inverse, of a stranger's bytes. RetainError where they are no card."""
         head = words(data, who)
-        texts = {k: head.get(k) for k in ("client", "site", "version", "base")}
-        agreed, rows, clock = head.get("agreed"), head.get("rows"), head.get("time")
+        texts: dict[str, Any] = {k: head.get(k) for k in ("client", "site", "version", "base")}
+        agreed: Any = head.get("agreed")
+        rows: Any = head.get("rows")
+        clock: Any = head.get("time")
         fits = (
             all(isinstance(t, str) and 0 < len(t) <= 200 for t in texts.values())
             and _mapping(agreed, str)
