@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime
 import fcntl
+import io
 import json
+import os
 import socket
 import ssl
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +34,14 @@ from retain import config
 from retain.assemble import build_stream
 from retain.cli import app
 from retain.commands import federate
-from retain.commands.flower_app import SiteFile, Workplace
+from retain.commands.flower_app import NODE, SiteFile, Workplace, client_app, serve
+from retain.commands.run import start
 from retain.data.picture import opened
 from retain.federated.split import make
+from retain.run.store import RunDir
 from retain.types import RetainError
+from test_federated import events, files
+from test_flower import LocalGrid
 
 FEDERATED = "federated: {clients: 3, per_round: 2, rounds: 2, skew: even}\n"
 
@@ -314,3 +321,44 @@ def _lives(pid: int) -> bool:
         return "(zombie)" not in Path(f"/proc/{pid}/status").read_text() and Path(f"/proc/{pid}").exists()
     except OSError:
         return False
+
+
+def test_the_two_apps_write_what_one_process_writes(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The app that is sent around, with each site's own site.json; the second run finds nothing of the first one's."""
+    monkeypatch.setattr(federate, "_follow", lambda command, home: None)
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    changes = ["method=[lora, {replay: {size: 3}}]", "optim.steps=1", "federated.rounds=1"]
+    with listening(None) as plain:
+        link = federate.Link("127.0.0.1", plain, None, True)
+        for k in range(3):
+            site = shop.parent / "sites" / f"client-0{k}.yaml"
+            federate.join(federate.Joining(shop, changes, site, link, keep=tmp_path / f"kept{k}"))
+    net = LocalGrid({10 + k: client_app() for k in range(3)})
+    for k in range(3):
+        net.contexts[10 + k].node_config[NODE] = str(tmp_path / f"kept{k}" / "site.json")
+    for seed in range(2):
+        given = [*changes, f"seed={seed}"]
+        start(config.load(shop, [*given, f"out={tmp_path / f'alone{seed}'}"]), quiet=True)
+        federate.write_app(
+            tmp_path / f"app{seed}", config.load(shop, [*given, f"out={tmp_path / f'run{seed}'}"])
+        )
+        serve(net, tmp_path / f"app{seed}" / "retain_app" / "recipe.json", wait=0.0, poll=0.01)
+        there, alone = (RunDir.read(tmp_path / f"{name}{seed}") for name in ("run", "alone"))
+        assert files(there) == files(alone) and not events(there, "client_left_out")
+    kept = {p.parent.name for p in tmp_path.glob("kept*/run-*/*.json")}
+    assert len(kept) == 2 and all("$example" in p.read_text() for p in tmp_path.glob("kept*/run-*/*.json"))
+
+
+def test_the_app_that_is_sent_is_one_that_flower_takes(shop: Path, tmp_path: Path) -> None:
+    """By Flower's own checks of the project file and its build of the bundle; it holds the recipe and no rows."""
+    from flwr.cli.build import build_fab_from_disk
+    from flwr.cli.config_utils import load_and_validate
+
+    federate.write_app(tmp_path / "app", config.load(shop))
+    made, warnings = load_and_validate(tmp_path / "app" / "pyproject.toml")
+    assert made["tool"]["flwr"]["app"]["config"] == {"wait": 600.0} and not warnings
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path / "app"))) as bundle:
+        names = {n for n in bundle.namelist() if n.startswith("retain_app/")}
+    assert names == {f"retain_app/{n}" for n in ("__init__.py", "server.py", "client.py", "recipe.json")}
