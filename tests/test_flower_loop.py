@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 pytest.importorskip("flwr", reason="the extra `federated` is not installed")
 
 import own_data
-from loopback import Loop, certificates, node_key, rounds
+from loopback import Loop, certificates, node_key, processes_of, rounds
 from retain import config
 from retain.commands.federate import split
 from retain.commands.run import start
@@ -71,3 +71,5 @@ def test_three_sites_over_tls_write_what_one_process_writes_also_after_a_kill(
             assert torch.allclose(tensor, here[key], atol=1e-6, rtol=0), (file, key)
             compared += 1
     assert compared >= 20
+    loop.close()
+    loop.until("nothing that was started lives on", lambda: not processes_of(tmp_path))

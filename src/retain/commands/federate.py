@@ -40,6 +40,16 @@ PATIENCE = 10.0
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 """Flower's programs tell nobody about the run, and ask nobody for a newer version."""
 
+WITH_US = """\
+import ctypes, os, sys
+try:
+    ctypes.CDLL(None).prctl(1, 15)
+except (OSError, AttributeError):
+    pass
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Becomes the program in its arguments; on Linux it is told to end when we do, also by a kill (PR_SET_PDEATHSIG)."""
+
 PROJECT = """\
 [build-system]
 requires = ["hatchling"]
@@ -285,8 +295,8 @@ def _flwr(home: Path, *words: str, timeout: float | None = None) -> subprocess.C
 def _child(command: list[str], home: Path) -> Iterator[subprocess.Popen[str]]:
     """A program of Flower's, ended with us; it has a group of its own, so that a signal reaches it from us alone."""
     child = subprocess.Popen(
-        command, env=surroundings(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True,
+        [sys.executable, "-c", WITH_US, *command], env=surroundings(home), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     try:
         yield child
