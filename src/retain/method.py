@@ -62,6 +62,7 @@ class Context:
     `turns` says which answers of a conversation are learned, for a method that collates batches of its own.
     `micro_size`: how many samples a forward of training takes (0: a whole batch); a pass of a method's own takes no
     more. Within `checkpointing()` gradients are made as sparingly as in training, whether dropout is on or off.
+    `rates`: the learning rate of this step by group of tensors (`adapters.group`), set before it is taken.
     `before(batch)`: the mix with which the model answered these samples before the task, per sample where it is
     routed; for parts with `asks_before`.
     """
@@ -79,6 +80,7 @@ class Context:
     micro_size: int = 0
     checkpointing: Callable[[], AbstractContextManager[None]] = nullcontext
     before: Callable[[Batch], Mix] | None = None
+    rates: dict[str, float] = field(default_factory=dict)
 
     def rng(self, who: str) -> Generator:
         """A fresh generator from (seed, task, who): nothing is shared, so switching a part off leaves others as they are."""

@@ -20,7 +20,11 @@ from retain.types import Conflict, RetainError
 ROLES: dict[str, dict[str, str]] = {
     "begin_task": {"writes": "sets the weights that the task starts from", "reads": "keeps them"},
     "grads": {"writes": "changes gradients", "reads": "keeps or measures them"},
-    "after_step": {"writes": "holds the weights in some set", "reads": "follows them"},
+    "after_step": {
+        "moves": "adds to the step that was taken",
+        "writes": "holds the weights in some set",
+        "reads": "follows them",
+    },
     "end_task": {
         "settles": "puts the final weights into place, such as an average of the path",
         "rewrites": "makes other weights of them, such as a merge with those before the task",

@@ -10,7 +10,7 @@ What is refused is named with its reason; the round goes on without it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -76,38 +76,41 @@ class Expected:
         return Token(image.float(), text.float(), n), ""
 
 
-def admitted(path: Path, given: Mapping[str, Tensor], channels: bool) -> tuple[Spooled | None, str, float]:
-    """An update that can be used and the norm of its change; else None, and why."""
+def admitted(
+    path: Path, given: Mapping[str, Tensor], channels: Sequence[str]
+) -> tuple[Spooled | None, str, dict[str, float]]:
+    """An update that can be used, and the norms of its change ("") and of its channels; else None, and why.
+
+    `given` is what the client was sent. Of every channel there must be a tensor for each of those that train.
+    """
     try:
         file = Spooled(path)
     except (SafetensorError, OSError, ValueError) as error:
-        return None, f"its message cannot be read ({error})", math.nan
-    wanted = {f"w/{k}" for k in given if "@" not in k}
-    found = {k for k in file.keys if "@" not in k}
+        return None, f"its message cannot be read ({error})", {}
+    trained = [k for k in given if "@" not in k]
+    wanted = {f"w/{k}" for k in trained} | {f"w/{c}@{k}" for c in channels for k in trained}
+    found = set(file.keys)
     if missing := sorted(wanted - found):
-        return None, f"{len(missing)} tensors are missing (first {missing[0][2:]!r})", math.nan
-    if extra := sorted(found - wanted) or ([] if channels else sorted(set(file.keys) - found)):
-        return None, f"{len(extra)} tensors were not asked for (first {extra[0]!r})", math.nan
-    square = 0.0
+        return None, f"{len(missing)} tensors are missing (first {missing[0][2:]!r})", {}
+    if extra := sorted(found - wanted):
+        return None, f"{len(extra)} tensors were not asked for (first {extra[0]!r})", {}
+    squares = dict.fromkeys(("", *channels), 0.0)
     for key in file.keys:
         name = key.removeprefix("w/")
-        sent = given.get(name.split("@")[-1])
-        if sent is None or file.shape(key) != sent.shape:
-            return (
-                None,
-                f"{name!r} has shape {tuple(file.shape(key))}, not {None if sent is None else tuple(sent.shape)}",
-                math.nan,
-            )
+        channel, _, base = name.rpartition("@")
+        sent = given[base]
+        if file.shape(key) != sent.shape:
+            return None, f"{name!r} has shape {tuple(file.shape(key))}, not {tuple(sent.shape)}", {}
         tensor = file.tensor(key).float()
         if not tensor.isfinite().all():
-            return None, f"{name!r} is not finite", math.nan
-        if "@" not in key:
-            square += float((tensor - sent.float().cpu()).double().square().sum())
-    return file, "", math.sqrt(square)
+            return None, f"{name!r} is not finite", {}
+        moved = tensor if channel else tensor - sent.float().cpu()
+        squares[channel] += float(moved.double().square().sum())
+    return file, "", {c: math.sqrt(s) for c, s in squares.items()}
 
 
-def outliers(norms: Mapping[str, float], bound: float) -> dict[str, str]:
-    """Clients whose update is more than `bound` times as large as the median of the others'; 0 is off.
+def outliers(norms: Mapping[str, float], bound: float, what: str = "update") -> dict[str, str]:
+    """Clients whose update (or channel) is more than `bound` times as large as the median of the others'; 0 is off.
 
     With fewer than three nobody can say which of them is wrong.
     """
@@ -118,7 +121,7 @@ def outliers(norms: Mapping[str, float], bound: float) -> dict[str, str]:
         usual = median(n for c, n in norms.items() if c != client)
         if norm > bound * usual and usual > 0:
             out[client] = (
-                f"its update is {norm / usual:.0f} times as large as the others' (federated.outlier {bound:g})"
+                f"its {what} is {norm / usual:.0f} times as large as the others' (federated.outlier {bound:g})"
             )
     return out
 

@@ -85,6 +85,11 @@ class Spooled:
         found: Tensor = self._file.get_tensor(key)
         return found.clone()
 
+    def rows(self, key: str, a: int, b: int) -> Tensor:
+        """Its entries a to b of the first axis; nothing else is read."""
+        found: Tensor = self._file.get_slice(key)[a:b]
+        return found.clone()
+
     def shape(self, key: str) -> torch.Size:
         """Its shape, without reading it."""
         return torch.Size(self._file.get_slice(key).get_shape())

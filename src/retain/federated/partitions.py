@@ -1,6 +1,6 @@
 """Client files on disk, in the layout that FCIT publishes: one folder per unit, one JSON list of rows per client.
 
-    ROOT/<beta or nothing>/Task1/client_0.json      [{"id": …, "image": "a/b.jpg", "conversations": [{"from", "value"}, …]}, …]
+    ROOT/<beta or nothing>/Task1/client_0.json    [{"id": …, "image": "a/b.jpg", "conversations": [{"from", "value"}, …]}]
 
 (Guo et al., ICCV 2025; Ghy0501/FCIT, the data set's `partitioned_data`.) What is read are choices of rows, not data: each
 row of a file is found in the stream by its id and what it asks, or else by its image and what it asks. What is written is
@@ -84,7 +84,7 @@ def _unit(folder: Path, tasks: Sequence[Task], clients: int, min_rows: int, may_
         raise RetainError(
             f"federated.partitions: {folder} has {others[0]}, but federated.clients is {clients}, counted from 0"
         )
-    index, out = _Index(tasks), []
+    index, out = _Index(tasks), list[Rows]()
     for k in range(clients):
         path = folder / f"client_{k}.json"
         if may_lack and not path.exists():
@@ -142,10 +142,11 @@ class _Index:
         """The row of the stream that a file's row is."""
         at, named = f"{path}, row {number}", row.get("id", row.get("question_id"))
         ident, question, answer, image = str(named), *_asked(row, at)
-        same = [
-            k for k in self.by_id.get(ident, ()) if k.question.startswith(question) and _same_image(k.image, image)
-        ]  # fmt: skip
-        found = same or [k for k in self.by_look.get(question, ()) if _same_image(k.image, image)]
+        named_so = [k for k in self.by_id.get(ident, ()) if k.question.startswith(question)]
+        found = [k for k in named_so if _same_image(k.image, image)]
+        found = found or [k for k in self.by_look.get(question, ()) if _same_image(k.image, image)]
+        copies = [k for k in named_so if k.answer == answer]  # of an image, under a name of their own
+        found = found or (copies if len(copies) == 1 else [])
         found = [k for k in found if k.answer == answer] or found
         if not found:
             names = [t.name for t in self.tasks]
@@ -217,7 +218,7 @@ def write(units: Sequence[Files], out: Path, image_root: Path | None, copy: bool
         raise RetainError(f"{out} exists and is not empty; choose another folder")
     images = {v for files in units for es in files.values() for row in plain(es) for v in _sources(row)}
     copy = copy or None in images
-    root = None if copy else _root({v for v in images if v is not None}, image_root)
+    root = None if copy or not images else _root({v for v in images if v is not None}, image_root)
     try:
         with aside(out) as part:
             for s, files in enumerate(units):
@@ -239,7 +240,7 @@ def _sources(row: Plain) -> list[str | None]:
 def _root(images: set[str], image_root: Path | None) -> Path:
     """The folder that all images are in."""
     if image_root is None:
-        return Path(commonpath([str(Path(v).parent) for v in images])) if images else Path()
+        return Path(commonpath([str(Path(v).parent) for v in images]))
     root = image_root.expanduser().absolute()
     for v in sorted(images):
         if not Path(v).is_relative_to(root):
@@ -283,7 +284,7 @@ def _row(example: Example, take: Callable[[Example, int], str]) -> dict[str, Any
             {"from": names[m.role], "value": f"{IMAGE}\n" * m.images + m.text} for m in example.messages
         ]
     else:
-        out["messages"] = [{"role": m.role, "content": _content(m)} for m in example.messages]
+        out["messages"] = [{"role": m.role, "content": _content(m, example.told)} for m in example.messages]
     if example.references:
         out["references"] = list(example.references)
     if example.meta:
@@ -298,7 +299,11 @@ def _llava(m: Message) -> bool:
     return IMAGE not in m.text and (not m.images or (not m.at and m.text == m.text.strip()))
 
 
-def _content(m: Message) -> list[dict[str, str]]:
+def _content(m: Message, told: str) -> list[dict[str, str]]:
+    if IMAGE in m.text and m.role != "assistant" and not m.images:
+        raise RetainError(
+            f"{told}: {IMAGE!r} as a word of a question cannot be written; it stands for an image"
+        )
     return [{"type": "image"} if p is None else {"type": "text", "text": p} for p in m.parts()]
 
 

@@ -26,10 +26,11 @@ from torch import Generator, Tensor
 from retain.adapters.bank import Mix
 from retain.federated.admit import Expected, admitted, outliers
 from retain.federated.message import Message
-from retain.federated.server import ClientInfo, Server, ServerState, Update, adapters_of, own
+from retain.federated.places import seats
+from retain.federated.server import ClientInfo, Crowd, Server, ServerState, Update, adapters_of, own
 from retain.federated.site import CLOSE
 from retain.federated.spec import FederatedSpec
-from retain.federated.split import Split, Stage, seats
+from retain.federated.split import Split, Stage
 from retain.method import Context, Method
 from retain.methods.disco import Token
 from retain.models.base import Model
@@ -314,8 +315,17 @@ class StageRun:
                 self._refused(r, client, why)
             else:
                 self.tokens[f"{client}/{units[client]}"] = token
-        infos = [ClientInfo(c, self._n(c, u), self.tokens.get(f"{c}/{u}")) for c, u in selected]
+        infos = [
+            ClientInfo(c, self._n(c, u), self.tokens.get(f"{c}/{u}"), self._crowd(u)) for c, u in selected
+        ]
         return [i for i in infos if i.token is not None or not asks]
+
+    def _crowd(self, unit: str) -> Crowd:
+        """Among whom a client of this unit was drawn."""
+        counts = self.fed.split.counts(unit)
+        one = len(set(self.stage.units)) == 1
+        there = sum(1 for n in counts.values() if n) if one else len(self.fed.split.clients)
+        return Crowd(there, min(self.fed.spec.per_round, there), sum(counts.values()))
 
     def _answers(
         self,
@@ -327,22 +337,25 @@ class StageRun:
     ) -> tuple[list[Update], dict[str, float]]:
         """The usable updates, in the order in which clients were selected, and their last losses."""
         expected, found, losses = self._expected(r, "train"), dict[str, Update](), dict[str, float]()
-        norms: dict[str, float] = {}
+        norms = dict[str, dict[str, float]]()
         for client, reply in self._ask(calls):
             head, why = expected.words(client, reply)
             if head is not None and isinstance(reply, bytes):
                 path = folder / f"{len(found):06d}-{len(norms)}.safetensors"
                 path.write_bytes(reply)
-                file, why, norm = admitted(path, given[client], self.fed.server.part() is not None)
+                file, why, sizes = admitted(path, given[client], self.fed.server.channels)
                 if file is not None:
                     n = self._n(client, units[client])
-                    found[client], norms[client] = Update(client, n, file), norm
+                    found[client], norms[client] = Update(client, n, file), sizes
                     losses[client] = self._count(head)
                     continue
             self._refused(r, client, why)
-        for client, why in outliers(norms, self.fed.spec.outlier).items():
-            self._refused(r, client, why)
-            del found[client]
+        bound = 0.0 if self.fed.server.bounded else self.fed.spec.outlier
+        for channel in ("", *self.fed.server.channels):
+            each = {c: norms[c][channel] for c in found}
+            for client, why in outliers(each, bound, channel or "update").items():
+                self._refused(r, client, why)
+                del found[client]
         return [found[c] for c in calls if c in found], losses
 
     def _count(self, head: Mapping[str, Any]) -> float:

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from retain.federated import rules
 from retain.federated.message import Spooled
 from retain.method import Context, Method
 from retain.methods.disco import Token
@@ -41,12 +42,22 @@ class ServerState:
 
 
 @dataclass(frozen=True)
+class Crowd:
+    """Whom a round's clients stand for: how many could be drawn, how many are, and the rows of all of them."""
+
+    clients: int = 1
+    drawn: int = 1
+    rows: int = 1
+
+
+@dataclass(frozen=True)
 class ClientInfo:
     """A selected client: the rows it trains on in this stage, and its identity token where the server asks for it."""
 
     client: str
     n: int
     token: Token | None = None
+    crowd: Crowd = Crowd()
 
 
 class Update:
@@ -64,6 +75,10 @@ class Update:
     def tensor(self, key: str, channel: str = "") -> Tensor:
         """One of them in fp32."""
         return self.file.tensor(self._all[f"{channel}@{key}" if channel else key]).float()
+
+    def rows(self, key: str, a: int, b: int) -> Tensor:
+        """Entries a to b of its first axis, in fp32; nothing else is read."""
+        return self.file.rows(self._all[key], a, b).float()
 
     def shape(self, key: str, channel: str = "") -> torch.Size:
         """Its shape, without reading it."""
@@ -93,6 +108,10 @@ class Server:
     source: ClassVar[str] = ""
     of: ClassVar[str] = ""  # the central method whose federated form this is; "": any that has one
     asks_token: ClassVar[bool] = False  # each client's identity token, before it trains
+    channels: ClassVar[
+        tuple[str, ...]
+    ] = ()  # that its clients' part gives back, one tensor for each that trains
+    bounded: ClassVar[bool] = False  # limits each update on its own: large ones are not left out before
     whole_bank: ClassVar[bool] = True  # a client needs all adapters, not only those that it trains
 
     def check(self, method: Method) -> None:
@@ -161,26 +180,27 @@ def own(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {k.split("/", 1)[1]: t for k, t in weights.items() if k.startswith(f"{name}/")}
 
 
-def shares(updates: Sequence[Update]) -> list[float]:
-    """The clients' shares of the samples."""
-    total = sum(u.n for u in updates)
-    return [u.n / total for u in updates]
-
-
 def mean(updates: Sequence[Update], key: str, channel: str = "") -> Tensor:
     """sum_k n_k / n x_k of one tensor: one client's in memory at a time, summed in fp64."""
-    total: Tensor | None = None
-    for update, share in zip(updates, shares(updates), strict=True):
-        x = update.tensor(key, channel).double().mul_(share)
-        total = x if total is None else total.add_(x)
-    assert total is not None
-    return total.float()
+    return rules.average((u.tensor(key, channel) for u in updates), [u.n for u in updates])
 
 
 def with_key(updates: Sequence[Update]) -> Iterator[tuple[str, list[Update]]]:
     """Every key that some client trained, with the clients that did."""
     for key in dict.fromkeys(k for u in updates for k in u.keys()):  # noqa: SIM118  keys(channel) of an Update
         yield key, [u for u in updates if key in u._all]
+
+
+def blocks(updates: Sequence[Update], key: str, entries: int = 2**24) -> Iterator[tuple[slice, list[Tensor]]]:
+    """A tensor of all clients, some rows at a time, for what needs all of them at once: at most `entries` numbers."""
+    shape = updates[0].shape(key)
+    if not len(shape):
+        yield slice(None), [u.tensor(key) for u in updates]
+        return
+    step = max(1, entries // (len(updates) * max(1, shape[1:].numel())))
+    for a in range(0, shape[0], step):
+        b = min(a + step, shape[0])
+        yield slice(a, b), [u.rows(key, a, b) for u in updates]
 
 
 # -- registry ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Who has what, and who learns what when: a stream cut into the files of clients, its stages, and each round's clients.
+"""Who has what, and what is learned when: a stream cut into the files of clients, and its stages.
 
 Pure data and numpy. Guo et al., Federated Continual Instruction Tuning (FCIT), ICCV 2025 (arXiv 2503.12897), with the
 arithmetic of its release (Ghy0501/FCIT):
@@ -14,22 +14,21 @@ the 50 that was meant; here it is `min_rows`. `label`, `task` and `even` are our
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.random import RandomState
 from numpy.typing import NDArray
 
 from retain.federated import partitions
+from retain.federated.cut import Indices, blocks, by_pool, by_quantity, drawn, even, of_round, owned, shuffled
 from retain.stream import Stream
 from retain.types import Example, Examples, Lazy, Plain, RetainError, digest, plain
 from retain.values import Count, CountOrOff, PathText, Positive, Seed, ranged
 
-# K clients, n rows of a unit, P pools of rows that are cut on their own, T tasks
+# K clients, n rows of a unit, T tasks
 
 DRAWS = 1000
 """How often shares are drawn before it is said that they cannot fit."""
@@ -48,7 +47,6 @@ PUBLISHED: dict[tuple[str, int], tuple[tuple[int, ...], ...]] = {
 
 Rows = tuple[tuple[str, int], ...]
 """(task, row) pairs, rows counted from 0."""
-Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -256,7 +254,7 @@ def _schedule(spec: SplitSpec, n_units: int) -> Sequence[Sequence[int]]:
     if spec.per_round == 5 and (spec.setting, n_units) in PUBLISHED:
         return PUBLISHED[spec.setting, n_units]
     draws = (
-        _generator(spec.split_seed, s, 0).choice(np.arange(n_units), spec.per_round) for s in range(n_units)
+        of_round(spec.split_seed, s, 0).choice(np.arange(n_units), spec.per_round) for s in range(n_units)
     )
     return [sorted(int(u) for u in row) for row in draws]
 
@@ -275,17 +273,17 @@ def _groups(spec: SplitSpec, stream: Stream) -> dict[str, list[str]]:
                 )
             groups.setdefault(name, []).append(task.name)
     names, home = [t.name for t in stream], dict[str, str]()
-    for group, tasks in groups.items():
-        if not tasks:
+    for group, members in groups.items():
+        if not members:
             raise RetainError(f"federated.groups.{group}: must not be empty")
-        for task in tasks:
-            if task not in names:
-                raise RetainError(f"federated.groups.{group}: no task {task!r}; choose from {names}")
-            if task in home:
+        for member in members:
+            if member not in names:
+                raise RetainError(f"federated.groups.{group}: no task {member!r}; choose from {names}")
+            if member in home:
                 raise RetainError(
-                    f"federated.groups.{group}: task {task!r} is in group {home[task]!r} already"
+                    f"federated.groups.{group}: task {member!r} is in group {home[member]!r} already"
                 )
-            home[task] = group
+            home[member] = group
     if missing := [n for n in names if n not in home]:
         raise RetainError(f"federated.groups: task {missing[0]!r} is in no group of {list(groups)}")
     return groups
@@ -320,6 +318,8 @@ def make(spec: SplitSpec, stream: Stream) -> Split:
     else:
         found = _cut(spec, units, stream)
     rows = {u.name: {c: r for c, r in zip(clients, files) if r} for u, files in zip(units, found)}
+    if alone := [u for u in units if not rows[u.name]]:
+        raise RetainError(f"federated: no client has rows of {list(alone[0].tasks)}")
     left = {u.name: sum(sizes[t] for t in u.tasks) - sum(map(len, rows[u.name].values())) for u in units}
     return Split(units, stages, clients, rows, left)
 
@@ -330,12 +330,12 @@ def _cut(spec: SplitSpec, units: Sequence[Unit], stream: Stream) -> list[list[Ro
     shares = _task_shares(spec, sizes) if spec.skew == "task" else {}
     out = []
     for unit in units:
-        rng = _owned(spec.split_seed, "rows", unit.name)
+        rng = owned(spec.split_seed, "rows", unit.name)
         index = [(t, i) for t in unit.tasks for i in range(sizes[t])]
         if spec.skew == "dirichlet":
             files = _redrawn(spec, unit, lambda: by_quantity(len(index), spec.clients, spec.beta, rng))  # noqa: B023
         elif spec.skew == "even":
-            files = _blocks(_shuffled(np.arange(len(index)), rng), _even(len(index), spec.clients))
+            files = blocks(shuffled(np.arange(len(index)), rng), even(len(index), spec.clients))
         else:
             pools = _pools(unit, stream, by_label=spec.skew == "label")
             fixed = [shares[t] for t in unit.tasks] if shares else None
@@ -344,44 +344,10 @@ def _cut(spec: SplitSpec, units: Sequence[Unit], stream: Stream) -> list[list[Ro
     return out
 
 
-def drawn(beta: float, k: int, rng: RandomState) -> NDArray[np.float64]:
-    """Shares of k from a symmetric Dirichlet; its limits, one takes all or equal shares, where floats do not hold it."""
-    with np.errstate(all="ignore"):
-        share_K = rng.dirichlet([beta] * k)
-    if abs(share_K.sum() - 1) < 1e-6:  # not NaN either
-        return share_K
-    return np.eye(k)[rng.randint(k)] if beta < 1 else np.full(k, 1 / k)
-
-
-def by_quantity(n: int, clients: int, beta: float, rng: RandomState) -> list[Indices]:
-    """FCIT: each client's share of n rows is drawn, floored, and taken in blocks off a shuffle. The rest is dropped."""
-    share_K = drawn(beta, clients, rng)
-    order = _shuffled(np.arange(n), rng)
-    return _blocks(order, np.cumsum((share_K * n).astype(np.int64)))
-
-
-def by_pool(
-    pools: Sequence[Indices],
-    clients: int,
-    beta: float,
-    rng: RandomState,
-    fixed: Sequence[NDArray[np.float64]] | None = None,
-) -> list[Indices]:
-    """Every pool is shared among clients on its own, by a draw of its own or by `fixed` shares. Nothing is dropped."""
-    files: list[list[Indices]] = [[] for _ in range(clients)]
-    for k, pool in enumerate(pools):
-        share_K = drawn(beta, clients, rng) if fixed is None else fixed[k]
-        ends = np.floor(np.cumsum(share_K) * len(pool) + 1e-9).astype(np.int64)  # a sum of 1 - 1e-16 is 1
-        ends[np.flatnonzero(share_K)[-1:]] = len(pool)
-        for file, block in zip(files, _blocks(_shuffled(pool, rng), np.maximum.accumulate(ends))):
-            file.append(block)
-    return [np.concatenate(file) for file in files]
-
-
-def _redrawn(spec: SplitSpec, unit: Unit, draw: Any) -> list[Indices]:
+def _redrawn(spec: SplitSpec, unit: Unit, draw: Callable[[], list[Indices]]) -> list[Indices]:
     """Draw until every client has enough."""
     for _ in range(DRAWS):
-        files: list[Indices] = draw()
+        files = draw()
         if spec.skew == "task" or min(map(len, files)) >= spec.min_rows:
             return files
     raise RetainError(
@@ -393,7 +359,7 @@ def _redrawn(spec: SplitSpec, unit: Unit, draw: Any) -> list[Indices]:
 
 def _task_shares(spec: SplitSpec, sizes: Mapping[str, int]) -> dict[str, NDArray[np.float64]]:
     """Every client's share of each task: a draw over tasks per client. A share below `min_rows` rows is none."""
-    rng = _owned(spec.split_seed, "tasks")
+    rng = owned(spec.split_seed, "tasks")
     n_T = np.array(list(sizes.values()))
     for _ in range(DRAWS):
         share_KT = np.stack([drawn(spec.beta, len(sizes), rng) for _ in range(spec.clients)])
@@ -437,111 +403,6 @@ def _label(row: Plain) -> str:
         else next((t[1] for t in reversed(row.turns) if t[0] == "assistant"), "")
     )
     return said.strip().lower()
-
-
-def _even(n: int, clients: int) -> Indices:
-    return np.array([(k + 1) * n // clients for k in range(clients)], np.int64)
-
-
-def _blocks(order: Indices, ends: Indices) -> list[Indices]:
-    return np.split(order, ends)[:-1]
-
-
-def _shuffled(rows: Indices, rng: RandomState) -> Indices:
-    rows = rows.copy()
-    rng.shuffle(rows)
-    return rows
-
-
-def _owned(*who: object) -> RandomState:
-    """A generator of its own for whoever asks."""
-    text = "/".join(map(str, who)).encode("utf8", "surrogatepass")
-    return RandomState(np.frombuffer(hashlib.sha256(text).digest(), "<u4").astype(np.uint32))
-
-
-# -- a round ---------------------------------------------------------------------------------------------
-
-
-def sample(
-    spec: SplitSpec, stage_index: int, round_index: int, eligible: Sequence[str], seed: int
-) -> list[str]:
-    """A round's clients, in their places. Their order in `eligible` does not matter, their names do.
-
-    Seed 0 gives FCIT's draws, so the eleventh round of a stage has those of the next stage's first; another seed
-    draws for itself. Fewer than `per_round` are all taken.
-    """
-    there = sorted(set(eligible))
-    if not there:
-        raise RetainError(
-            f"federated: round {round_index + 1} of stage {stage_index + 1} has no client to ask"
-        )
-    rng = _generator(seed, stage_index, round_index)
-    drawn = rng.choice(np.arange(len(there)), min(spec.per_round, len(there)), replace=False)
-    return [
-        there[i] for i in set(drawn.tolist())
-    ]  # the release walks a set: its order is that of small integers
-
-
-def seats(
-    spec: SplitSpec,
-    split: Split,
-    stage_index: int,
-    round_index: int,
-    seed: int,
-    there: Iterable[str] | None = None,
-) -> list[tuple[str, str]]:
-    """A round's clients, each with the unit that it learns: that of its place, where it has rows of it.
-
-    Where everybody has everything it is FCIT's draw. Where the client of a place lacks its unit, another takes the
-    place, so that as many places as can be are filled. `there`: the clients that can be asked (all).
-    """
-    stage = split.stages[stage_index]
-    has = {u: {c for c, n in split.counts(u).items() if n} for u in set(stage.units)}
-    asked = split.clients if there is None else tuple(there)
-    able = sorted(c for c in set(asked) if any(c in clients for clients in has.values()))
-    if not able:
-        tasks = list(split.taught(stage))
-        raise RetainError(f"federated: stage {stage.name!r}: no client has rows of {tasks}")
-    drawn = sample(spec, stage_index, round_index, able, seed)
-    order = drawn + [c for c in able if c not in set(drawn)]
-    wishes = []
-    for i, unit in enumerate(stage.units):
-        own = order[i : i + 1] if i < len(drawn) else []
-        wishes.append([c for c in [*own, *order] if c in has[unit]])
-    return [(c, u) for c, u in zip(_matched(wishes), stage.units) if c is not None]
-
-
-def _matched(wishes: Sequence[Sequence[str]]) -> list[str | None]:
-    """One client for as many places as can be, earlier wishes first (augmenting paths)."""
-    owner: dict[str, int] = {}
-    holds: list[str | None] = [None] * len(wishes)
-    for start in range(len(wishes)):
-        queue, came = [start], dict[str, int]()
-        while queue:
-            place = queue.pop(0)
-            free = None
-            for client in wishes[place]:
-                if client in came:
-                    continue
-                came[client] = place
-                if client not in owner:
-                    free = client
-                    break
-                queue.append(owner[client])
-            if free is None:
-                continue
-            while free is not None:  # everyone on the way moves one place on
-                place = came[free]
-                owner[free], holds[place], free = place, free, holds[place]
-            break
-    return holds
-
-
-def _generator(seed: int, stage: int, round_: int) -> RandomState:
-    """The release's generator for seed 0; one of its own for any other."""
-    if seed == 0:
-        return RandomState((10 * stage + round_) % 2**32)
-    return _owned("round", seed, stage, round_)
 
 
 # -- files -----------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def fit(
                 torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm)
             method.grads(ctx)
             for group in optimizer.param_groups:
-                group["lr"] = group["top_lr"] * optim.rate(step, n_steps)
+                group["lr"] = ctx.rates[group["name"]] = group["top_lr"] * optim.rate(step, n_steps)
             optimizer.step()
             method.after_step(ctx)
             stats.steps, stats.samples = step + 1, stats.samples + len(order[step])

@@ -6,7 +6,7 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
     theta <- sum_k n_k / n theta_k          over the round's clients, every tensor on its own
 
 On LoRA this averages A and B apart, as all released federated code does: the mean of factors is not the mean of the
-products B A (`svd_avg` averages those, and both tell the error).
+products B A (`svd_avg` averages those, and tells the error of both).
 """
 
 from __future__ import annotations
