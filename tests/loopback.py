@@ -24,7 +24,7 @@ from cryptography.x509.oid import NameOID
 
 import limits
 import retain
-from retain.commands.federate import surroundings
+from retain.commands.superlink import surroundings
 
 BIN = Path(sys.executable).parent
 PEM, DAY = serialization.Encoding.PEM, datetime.timedelta(days=1)

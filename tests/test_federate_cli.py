@@ -36,6 +36,7 @@ from retain.cli import app
 from retain.commands import federate
 from retain.commands.flower_app import NODE, SiteFile, Workplace, client_app, serve
 from retain.commands.run import start
+from retain.commands.superlink import Link
 from retain.data.picture import opened
 from retain.federated.split import make
 from retain.run.store import RunDir
@@ -131,14 +132,14 @@ def test_what_is_wrong_with_a_connection(shop: Path, tmp_path: Path) -> None:
         )
         both = refused(*here, *at, "--insecure", "--root-certificates", ours / "ca.crt")
         assert "leave out --root-certificates" in both
-        federate.Link("127.0.0.1", tls, ours / "ca.crt", False).reach()
+        Link("127.0.0.1", tls, ours / "ca.crt", False).reach()
     with listening(future) as tls:
         said = refused(*here, "--superlink", f"127.0.0.1:{tls}", "--root-certificates", future / "ca.crt")
         assert "is this machine's clock right?" in said
     with listening(None) as plain:
         at = ("--superlink", f"127.0.0.1:{plain}")
         assert "speaks no TLS" in refused(*here, *at, "--root-certificates", ours / "ca.crt")
-        federate.Link("127.0.0.1", plain, None, True).reach()
+        Link("127.0.0.1", plain, None, True).reach()
 
 
 def test_what_is_wrong_with_a_node(shop: Path, tmp_path: Path) -> None:
@@ -331,7 +332,7 @@ def test_the_two_apps_write_what_one_process_writes(
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     changes = ["method=[lora, {replay: {size: 3}}]", "optim.steps=1", "federated.rounds=1"]
     with listening(None) as plain:
-        link = federate.Link("127.0.0.1", plain, None, True)
+        link = Link("127.0.0.1", plain, None, True)
         for k in range(3):
             site = shop.parent / "sites" / f"client-0{k}.yaml"
             federate.join(federate.Joining(shop, changes, site, link, keep=tmp_path / f"kept{k}"))

@@ -439,8 +439,9 @@ def federate_server(
     """Submit a recipe to a SuperLink and show its rounds. After a crash the same command continues."""
     from retain import config
     from retain.commands import federate as of_flower
+    from retain.commands.superlink import Link
 
-    link = of_flower.Link.parse(superlink, root_certificates, insecure)
+    link = Link.parse(superlink, root_certificates, insecure)
     of_flower.serve(config.load(recipe, overrides or []), link, wait)
 
 
@@ -466,8 +467,9 @@ def federate_client(
 ) -> None:
     """Take part with this site's own rows; only adapters, tokens and counts leave it."""
     from retain.commands import federate as of_flower
+    from retain.commands.superlink import Link
 
-    link = of_flower.Link.parse(superlink, root_certificates, insecure)
+    link = Link.parse(superlink, root_certificates, insecure)
     of_flower.join(of_flower.Joining(recipe, overrides or [], data, link, name, key, keep, port))
 
 
