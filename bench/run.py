@@ -28,6 +28,7 @@ PARTS = (
     "prompts",
     "growth",
     "merge",
+    "federated",
     "start",
 )
 HERE = Path(__file__).resolve().parent

@@ -45,6 +45,18 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def servers() -> str:
+    """One row per federated server: what it does, its card."""
+    from retain.federated.server import known
+
+    cards = {"fedavgm": "fedopt", "fedadam": "fedopt", "fedyogi": "fedopt", "fedadagrad": "fedopt", "median": "robust",
+             "trimmed_mean": "robust", "krum": "robust", "clipped": "robust", "fedprox": "fedavg"}  # fmt: skip
+    lines = ["| server | what it does | source |", "|---|---|---|"]
+    for name, cls in known().items():
+        lines.append(f"| [`{name}`](methods/{cards.get(name, name)}.md) | {cls.about} | {cls.source} |")
+    return "\n".join(lines)
+
+
 def tree() -> str:
     """The package's files with the first sentence of each."""
     base, lines = ROOT / "src" / "retain", ["```", "src/retain/"]
@@ -107,6 +119,7 @@ def families() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "methods": methods, "tree": tree, "results": results, "usage": usage, "families": families,
+    "servers": servers,
 }  # fmt: skip
 
 
@@ -187,7 +200,13 @@ def main() -> int:
     stale, rows = [], {folder: measured(page) for folder, page in RESULTS.items()}
     cards = (ROOT / "docs" / "methods").glob("*.md")
     recipes = [path for folder in RESULTS for path in (ROOT / "recipes" / folder).glob("*.yaml")]
-    for path in [ROOT / "README.md", ROOT / "docs" / "models.md", *sorted(cards), *sorted(recipes)]:
+    for path in [
+        ROOT / "README.md",
+        ROOT / "docs" / "models.md",
+        ROOT / "docs" / "federated.md",
+        *sorted(cards),
+        *sorted(recipes),
+    ]:
         old = path.read_text(encoding="utf8")
         new = made(path, old, rows.get(path.parent.name, rows["pocket"]))
         if new != old:

@@ -78,7 +78,8 @@ class Spooled:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: Any = safe_open(path, "pt")
-        self.keys: list[str] = list(self._file.keys())
+        names: Any = self._file.keys
+        self.keys = [str(k) for k in names()]
 
     def tensor(self, key: str) -> Tensor:
         """One tensor, as it was sent, in memory of its own."""
