@@ -14,6 +14,9 @@ LAUNCH = 600
 ENDINGS = 900
 """Seconds for twelve pairs of processes that end in twelve ways: 25 alone, 50 on a machine with a load of 6."""
 
+FEDERATION = 1800
+"""Seconds for a SuperLink, three SuperNodes and a run of four rounds, one message of which takes 8 alone: 100 to 300."""
+
 BROWSER = 600
 """Seconds for a headless browser to draw one page: 5 to 20."""
 

@@ -52,7 +52,8 @@ def build_stream(recipe: Recipe) -> Stream:
     """The benchmark by name, or the user's own files, read and checked."""
     where = f"{recipe.path}: stream"
     if "tasks" in recipe.stream:
-        stream = _from_files(fill(FilesSpec, recipe.stream, where), where)
+        learned = ("test",) if recipe.federated else ("train", "test")  # rows may be at sites
+        stream = _from_files(fill(FilesSpec, recipe.stream, where), where, learned)
     else:
         stream = _benchmark(recipe.stream, where)
     return stream.on_valid() if recipe.eval.split == "valid" else stream
@@ -64,6 +65,12 @@ def build_federation(recipe: Recipe, stream: Stream, method: Method, kept: Path)
     assert spec is not None
     server = server_of(spec, method)
     agreed = agreement(recipe, server)
+    for task in stream:
+        if not len(task.train):
+            raise RetainError(
+                f"{recipe.path}: stream: task {task.name!r} has no train rows here; name a file under `train`, or deploy "
+                "it with `retain federate server`, where sites have them"
+            )
     return prefixed(
         f"{recipe.path}: federated",
         lambda: federation(spec, server, stream, kept, agreed=agreed),
@@ -86,11 +93,19 @@ def server_of(spec: FederatedSpec, method: Method) -> Server:
 
 
 def agreement(recipe: Recipe, server: Server) -> str:
-    """A hash of what a server and its clients must have alike, whatever their paths: version, adapters, method, steps."""
+    """A hash of what a server and its clients must have alike: version, and every part of `agreed`."""
+    return digest([version("retain"), *agreed(recipe, server).values()])
+
+
+def agreed(recipe: Recipe, server: Server) -> dict[str, str]:
+    """Hashes of what a server and its clients must have alike, by the recipe's keys, whatever their paths."""
     plain = recipe.resolved()
-    return digest(
-        [version("retain"), plain["adapter"], plain["method"], plain["optim"], server.name, asdict(server)]
-    )  # type: ignore[call-overload]
+    model = {k: plain["model"].get(k) for k in ("dtype", "max_length", "truncate", "square")}
+    parts = {
+        "model": model, **{k: plain[k] for k in ("adapter", "method", "optim")},
+        "federated.server": [server.name, asdict(server)],  # type: ignore[call-overload]
+    }  # fmt: skip
+    return {key: digest(value) for key, value in parts.items()}
 
 
 def build_model(recipe: Recipe, device: torch.device | None = None) -> HFModel:
@@ -149,16 +164,18 @@ def _benchmark(stream: Plain, where: str) -> Stream:
     return made
 
 
-def _from_files(spec: FilesSpec, where: str) -> Stream:
-    """Read every file of every task; all images are checked before anything is trained."""
+def _from_files(spec: FilesSpec, where: str, learned: tuple[str, ...]) -> Stream:
+    """Read every file of every task; all images are checked before anything is trained.
+
+    `learned`: the splits that a task must have to be learned here.
+    """
 
     def examples(task: TaskSpec, split: str) -> Any:
         name = getattr(task, split)
         root = Path(task.image_root or spec.image_root)
         return read.examples(Path(name), root, max_pixels=spec.max_pixels) if name else ()
 
-    def build(task: TaskSpec, at: str, learned: bool) -> Task:
-        needed = ("train", "test") if learned else ("test",)
+    def build(task: TaskSpec, at: str, needed: tuple[str, ...]) -> Task:
         for split in needed:
             if not getattr(task, split):
                 raise RetainError(f"{at} ({task.name}): the key {split!r} is missing")
@@ -176,9 +193,9 @@ def _from_files(spec: FilesSpec, where: str) -> Stream:
             about=task.about,
         )
 
-    learned = [build(t, f"{where}.tasks[{i}]", True) for i, t in enumerate(spec.tasks)]
-    unseen = [build(t, f"{where}.unseen[{i}]", False) for i, t in enumerate(spec.unseen)]
-    made: Stream = prefixed(where, lambda: Stream(spec.name, tuple(learned), tuple(unseen)))
+    tasks = [build(t, f"{where}.tasks[{i}]", learned) for i, t in enumerate(spec.tasks)]
+    unseen = [build(t, f"{where}.unseen[{i}]", ("test",)) for i, t in enumerate(spec.unseen)]
+    made: Stream = prefixed(where, lambda: Stream(spec.name, tuple(tasks), tuple(unseen)))
     return made
 
 

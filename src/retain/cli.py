@@ -416,6 +416,77 @@ def analyse_merge(
     typer.echo(f"{data}\n{picture}")
 
 
+federate = typer.Typer(no_args_is_help=True, help="A federated recipe on Flower (the extra `federated`).")
+app.add_typer(federate, name="federate")
+SuperLink = Annotated[str, typer.Option(help="host:port of the SuperLink", metavar="HOST:PORT")]
+Roots = Annotated[
+    Path | None, typer.Option(help="the certificate of the CA that signed the SuperLink's", callback=_path)
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="without TLS: for trials on one machine")]
+
+
+@federate.command("server")
+def federate_server(
+    recipe: RecipeFile,
+    superlink: SuperLink,
+    overrides: Overrides = None,
+    root_certificates: Roots = None,
+    insecure: Insecure = False,
+    wait: Annotated[
+        float, typer.Option(help="seconds in which the clients must come", min=0, max=1e9)
+    ] = 600.0,
+) -> None:
+    """Submit a recipe to a SuperLink and show its rounds. After a crash the same command continues."""
+    from retain import config
+    from retain.commands import federate as of_flower
+    from retain.commands.superlink import Link
+
+    link = Link.parse(superlink, root_certificates, insecure)
+    of_flower.serve(config.load(recipe, overrides or []), link, wait)
+
+
+@federate.command("client")
+def federate_client(
+    recipe: RecipeFile,
+    superlink: SuperLink,
+    data: Annotated[Path, typer.Option(help="this site's rows (YAML)", callback=_path)],
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="this site's name; default: that in --data")] = None,
+    root_certificates: Roots = None,
+    insecure: Insecure = False,
+    key: Annotated[
+        Path | None, typer.Option(help="this node's private key (ecdsa, OpenSSH)", callback=_path)
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="what stays here; default: kept-NAME beside --data", callback=_folder)
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(help="of the SuperNode on this machine; default: a free one", min=1, max=65535),
+    ] = None,
+) -> None:
+    """Take part with this site's own rows; only adapters, tokens and counts leave it."""
+    from retain.commands import federate as of_flower
+    from retain.commands.superlink import Link
+
+    link = Link.parse(superlink, root_certificates, insecure)
+    of_flower.join(of_flower.Joining(recipe, overrides or [], data, link, name, key, keep, port))
+
+
+@federate.command("split")
+def federate_split(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option(help="folder to write", callback=_folder)],
+    overrides: Overrides = None,
+) -> None:
+    """Write each client's rows and its YAML from the recipe's split, for trials with sites of one's own."""
+    from retain import config
+    from retain.commands import federate as of_flower
+
+    for line in of_flower.split(config.load(recipe, overrides or []), out):
+        typer.echo(line)
+
+
 def call() -> None:
     """Run the command line that is in `sys.argv`; it ends with SystemExit."""
     for stream in (sys.stdout, sys.stderr):

@@ -104,7 +104,7 @@ def sentence(command: str | None = None) -> str:
         return f"{how}: {_now.kept}, and the same command continues"
     if _now.over:
         return f"{how}: the command had finished, and its result is kept"
-    if command == "run":
+    if command in ("run", "federate"):
         return f"{how}: what was saved is kept, and the same command continues"
     return f"{how}: nothing was written, and the same command starts again from the beginning"
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from retain.assemble import build_method, build_model, build_stream, build_trainer
 from retain.commands import plan
 from retain.config import Recipe
+from retain.method import Method
 from retain.metrics import AccuracyMatrix
 from retain.models.base import Model, Turns
 from retain.run import continual
@@ -19,15 +20,26 @@ from retain.signals import Stop
 from retain.stream import Stream
 from retain.types import RetainError
 
+Federate = Callable[[Recipe, Stream, Method, Model], Trainer]
+"""Makes the trainer of a federated recipe: clients in this process, or on other machines."""
 
-def start(recipe: Recipe, *, quiet: bool = False, stop: Stop | None = None) -> tuple[AccuracyMatrix, bool]:
+
+def in_process(recipe: Recipe, stream: Stream, method: Method, model: Model) -> Trainer:
+    """Clients in this process; what stays with each is kept in the run's folder."""
+    return build_trainer(recipe, stream, method)
+
+
+def start(
+    recipe: Recipe, *, quiet: bool = False, stop: Stop | None = None, federate: Federate = in_process
+) -> tuple[AccuracyMatrix, bool]:
     """Run a recipe, or continue it; returns the matrix, and whether this process should print it.
 
-    `stop` as in `continual.run`. RetainError where memory ends, with what `retain plan` estimates.
+    `federate` makes the trainer of a federated recipe, `stop` as in `continual.run`. RetainError where memory ends, with
+    what `retain plan` estimates.
     """
     try:
         with Engine.start(recipe.model.device) as engine:
-            return _started(recipe, engine, quiet, stop), engine.main
+            return _started(recipe, engine, quiet, stop, federate), engine.main
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -50,14 +62,16 @@ def estimated(recipe: Recipe) -> str:
     return f"`retain plan` estimates {next(r[1] for r in rows if r[0].startswith('memory'))}; {less}"
 
 
-def _started(recipe: Recipe, engine: Engine, quiet: bool, stop: Stop | None) -> AccuracyMatrix:
+def _started(
+    recipe: Recipe, engine: Engine, quiet: bool, stop: Stop | None, federate: Federate
+) -> AccuracyMatrix:
     resolved = recipe.resolved()
     method = build_method(recipe)
     old = RunDir.open(recipe.out, resolved, main=False)  # refuses a folder of another recipe, creates nothing
     stream = build_stream(recipe)
     model = build_model(recipe, engine.device)
     parts = (recipe.optim, recipe.eval, old, engine, continual.Silent(), recipe.seed)
-    trainer = build_trainer(recipe, stream, method)
+    trainer = federate(recipe, stream, method, model) if recipe.federated else Central()
     continual.check(continual.Running(model, stream, method, *parts, trainer=trainer))
     if not old.done:
         check_examples(model, stream, recipe.optim.turns)
