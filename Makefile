@@ -19,7 +19,7 @@ venv: $(VENV)/.installed  ## the virtual environment with everything that is nee
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[dev]"
+	$(BIN)/pip install --quiet -e ".[dev,federated]"
 	@touch $@
 
 demo: venv  ## three methods on the pocket stream, two at a time; matrices and runs/demo/report.html

@@ -16,6 +16,7 @@ from retain.run.engine import Engine, out_of_memory
 from retain.run.progress import Progress
 from retain.run.store import RunDir
 from retain.run.track import Tracker, open_tracker
+from retain.run.trainer import Central, Trainer
 from retain.signals import Stop
 from retain.stream import Stream
 from retain.types import RetainError
