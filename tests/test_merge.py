@@ -330,6 +330,105 @@ def test_equal_fishers_give_coma_and_two_quadratics_their_joint_minimum() -> Non
     assert joint(merged) == pytest.approx(0.198, abs=5e-3) and coma == pytest.approx(5.25, abs=0.01)
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "average": {}, "task_arithmetic": {"lam": 1.0, "space": "deltas"}, "svd": {"lam": 1.0}, "slerp": {"parallel": 0.9995},
+    "coma": {"new": 0.4}, "fisher": {"lam": 1.0},
+    "magnitude_prune": {"density": 0.2, "lam": 1.0, "space": "deltas", "trim": "module"},
+    "ties": {"density": 0.2, "lam": 1.0, "signs": "total", "space": "deltas", "trim": "module"},
+    "dare": {"density": 0.2, "lam": 1.0, "seed": 0, "space": "deltas"},
+    "dare_ties": {"density": 0.2, "lam": 1.0, "signs": "total", "seed": 0, "space": "deltas"},
+    "della": {"density": 1 - 0.3, "window": 0.14, "lam": 1.1, "signs": "total", "seed": 0, "space": "deltas"},
+    "knots_ties": {"density": 0.2, "lam": 0.6, "signs": "total", "trim": "module"},
+    "knots_dare_ties": {"density": 1 - 0.1, "lam": 0.7, "signs": "total", "seed": 0},
+    "pcb": {"ratio": 0.1, "lam": 1.2, "clip": 1e-4, "space": "deltas"},
+    "copa": {"density": 0.2, "lam": 2.0, "form": "sum", "floor": 0.0, "scale": True, "normalise": True},
+}  # fmt: skip
+
+
+def test_defaults_are_the_published_ones() -> None:
+    """Of the papers, releases and READMEs that each merger's docstring names; mergekit's border of `slerp`."""
+    assert {name: of.params for name, of in MERGERS.items()} == PUBLISHED
+
+
+@pytest.mark.parametrize("cosine", [0.9996, 0.9994, -0.9996, -0.9994, 0.3])
+def test_slerp_is_the_straight_line_where_two_are_nearly_parallel(cosine: float) -> None:
+    a, b = [3.0, 0.0], [2 * cosine, 2 * math.sqrt(1 - cosine**2)]
+    line = [0.3 * x + 0.7 * y for x, y in zip(a, b)]
+    want = line if abs(cosine) > 0.9995 else reference.slerp(a, b, 0.7)
+    made = merger("slerp")([{"w.x": torch.tensor(a)}, {"w.x": torch.tensor(b)}], [0.3, 0.7])["w.x"]
+    assert made.tolist() == pytest.approx(want, rel=1e-5, abs=1e-6)
+    if abs(cosine) < 0.9999:
+        circle = reference.slerp(a, b, 0.7)
+        assert max(abs(x - y) for x, y in zip(line, circle)) > 1e-4  # the two can be told apart
+
+
+def test_slerp_without_weights_or_with_a_zero_change() -> None:
+    a, b = torch.tensor([3.0, 1.0]), torch.tensor([0.5, 2.0])
+    half = torch.tensor(reference.slerp(a.tolist(), b.tolist(), 0.5))
+    for weights in ([0.0, 0.0], [1.0, 1.0], None, [5.0, 5.0]):
+        torch.testing.assert_close(merger("slerp")([{"w.x": a}, {"w.x": b}], weights)["w.x"], half)
+    for pair, want in (((a, 0 * b), 0.75 * a), ((0 * a, b), 0.25 * b)):
+        made = merger("slerp")([{"w.x": t} for t in pair], [3.0, 1.0])["w.x"]
+        torch.testing.assert_close(made, want)
+
+
+def test_coma_is_its_recursion() -> None:
+    a, b, c = (noise(5, seed=i) for i in range(3))
+    for new, weights in ((0.3, [1.0, 1.0, 1.0]), (0.4, [2.0, 0.5, -1.0])):
+        x, y, z = (w * t for w, t in zip(weights, (a, b, c)))
+        want = (1 - new) * ((1 - new) * x + new * y) + new * z
+        torch.testing.assert_close(
+            merger("coma")([{"w.x": t} for t in (a, b, c)], weights, new=new)["w.x"], want
+        )
+
+
+def test_the_mass_ratio_by_hand() -> None:
+    A = torch.tensor([[1.0, -2.0, 1.0], [3.0, 4.0, 0.0], [-1.0, 5.0, 0.5], [2.0, 2.0, 2.0], [0.1, 0.1, 0.1]])
+    kept = torch.tensor([[0.0, -2.0, 0.0], [3.0, 4.0, 0.0], [0.0, 5.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    S = [2.0, 1.0, 1.3, 3.0, 0.0]
+    assert mass_ratio(A, kept).tolist() == pytest.approx(S)
+    assert mass_ratio(A, kept, scale=False).tolist() == [1, 1, 1, 1, 0]
+    assert mass_ratio(A, kept, floor=0.5).tolist() == pytest.approx([2, 2, 2, 3, 0])  # S of four rows, sorted: [2]
+    assert mass_ratio(A, kept, floor=0.25).tolist() == pytest.approx([2, 1.3, 1.3, 3, 0])
+    assert mass_ratio(A, kept, floor=1.0).tolist() == pytest.approx([3, 3, 3, 3, 0])
+
+
+@pytest.mark.parametrize("form", ["sum", "product"])
+@pytest.mark.parametrize(("scale", "normalise"), [(False, True), (True, False), (False, False), (True, True)])
+def test_copas_ablations_and_weights(form: Any, scale: bool, normalise: bool) -> None:
+    """Without `scale` S is 1, without `normalise` S~ is S; weights are those of B."""
+    states, weights = [state(1), state(2), state(3)], [0.5, -2.0, 2.5]
+    A, B = (
+        [torch.tensor(reference.top(s[f"layers.0.q.lora_{x}"].tolist(), 0.6)) for s in states] for x in "AB"
+    )
+    S = [s["layers.0.q.lora_A"].abs().sum(1) / a.abs().sum(1) if scale else torch.ones(4) for s, a in zip(states, A)]
+    S = [s / sum(S) for s in S] if normalise else S
+    left = [w * b * s for w, b, s in zip(weights, B, S)]
+    want = 2 * sum(b @ a for b, a in zip(left, A)) if form == "sum" else 2 * sum(left) @ (2 * sum(A))
+    made = copa(states, weights, density=0.6, scale=scale, normalise=normalise, form=form)
+    torch.testing.assert_close(got(made), want, rtol=1e-4, atol=1e-4)
+
+
+def test_fishers_of_the_dense_change_weigh_its_entries() -> None:
+    """Low-rank adapters with Fishers as path.weight: the formula on the products; never Fishers of both kinds."""
+    states, w = [state(1), state(2)], [3.0, 1.0]
+    deltas = [changes(s)["layers.0.q"] for s in states]
+    F = [noise(12, 10, seed=80 + i).square() for i in range(2)]
+    F[0][0], F[1][0] = 0.0, 0.0
+    want = torch.tensor(
+        reference.cofima(*(t.flatten().tolist() for t in (*deltas, *F)), lam=0.25)
+    ).view(12, 10)  # fmt: skip
+    parts = [split(s)["layers.0.q"] for s in states]
+    weights = merger("fisher").weights(2, w)
+    torch.testing.assert_close(merger("fisher").part(parts, weights, fishers=F, lam=0.5), 0.5 * want)
+    of_factors = [split({k: v.square() for k, v in s.items()})["layers.0.q"] for s in states]
+    for changed, fishers, n in (
+        (parts, [of_factors[0], F[1]], 1), (parts, [F[0], of_factors[1]], 2), ([deltas[0], parts[1]], of_factors, 1),
+    ):  # fmt: skip
+        with pytest.raises(RetainError, match=f"Fisher of adapter {n} is of factors, but"):
+            merger("fisher").part(changed, weights, fishers=fishers)
+
+
 def test_what_cannot_be_merged_is_one_sentence() -> None:
     states = [state(1), state(2)]
     other = [{k: (v[:2] if k.endswith("lora_A") else v[:, :2] if k.endswith("lora_B") else v) for k, v in s.items()}
