@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from reference import merge as reference
 from retain.merge import MERGERS, chunks, copa, lorahub, merger, ties
-from retain.merge.axes import by_rank, largest, random, shared_basis
+from retain.merge.axes import borders_of, by_rank, largest, random, shared_basis
 from retain.merge.mergers import mass_ratio
-from retain.merge.parts import Low, inner, split, svd, truncated
+from retain.merge.parts import Low, full, inner, split, svd, truncated
 from retain.types import RetainError
 
 State = dict[str, Tensor]
@@ -142,6 +143,12 @@ def test_trimming_over_the_model_is_trimming_of_one_long_vector(density: float) 
     if 0 < density < 1:
         per_module = call("magnitude_prune", states, keep="dense", density=density)
         assert not torch.allclose(per_module["layers.0.q.weight"], got["layers.0.q.weight"])
+
+
+def test_a_border_is_exact_beyond_what_fp32_can_count() -> None:
+    """A 7B adapter has 10^8 entries; fp32 counts to 2^24."""
+    most, few = torch.ones(1 << 24), torch.tensor([0.5, 0.5001, 0.5002])
+    assert borders_of(lambda: [[most], [few]], 1.0) == [0.5]
 
 
 def test_trimming_over_the_model_needs_the_whole_model_and_changes() -> None:
@@ -473,6 +480,21 @@ def test_knots_is_the_svd_of_the_concatenation() -> None:
         torch.testing.assert_close(turned, torch.eye(8, dtype=torch.float64), atol=1e-4, rtol=0)
 
 
+def test_knots_of_one_direction_and_of_none() -> None:
+    """Parallel rank-one changes share one direction, which is theirs; zero changes stay zero."""
+    b, a, c = noise(6, 1, seed=1), noise(1, 5, seed=2), noise(1, 5, seed=3)
+    low = [Low(b, a), Low(2 * b, c)]
+    for parts in (low, [p.dense() for p in low]):
+        basis, coordinates = shared_basis(parts)
+        assert basis.shape == (6, 1)
+        torch.testing.assert_close((basis.T @ b).abs(), b.norm().view(1, 1))
+        for p, C in zip(low, coordinates):
+            torch.testing.assert_close(basis @ C, p.dense())
+    for parts in ([Low(0 * b, a), Low(0 * b, c)], [torch.zeros(6, 5)] * 2):
+        basis, coordinates = shared_basis(parts)
+        assert basis.shape == (6, 1) and not any(C.any() for C in coordinates)
+
+
 # -- what is kept ----------------------------------------------------------------------------------------
 
 
@@ -486,6 +508,39 @@ def test_truncation_is_the_best_and_its_error_is_true() -> None:
             float((low.dense() - small.dense()).norm() / low.dense().norm()), rel=1e-4
         )
     assert truncated(low, 6) == (low, 0.0)
+
+
+def test_the_inner_product_is_that_of_the_entries() -> None:
+    a, b = (Low(noise(7, 3, seed=i), noise(3, 5, seed=i + 5)) for i in (1, 2))
+    want = float(np.sum(a.dense().double().numpy() * b.dense().double().numpy()))
+    for x, y in itertools.product((a, a.dense()), (b, b.dense())):
+        assert inner(x, y) == pytest.approx(want, rel=1e-5) == inner(y, x)
+
+
+def test_factors_without_loss_have_the_rank_of_the_matrix() -> None:
+    for rank in (1, 3, 30):
+        D = Low(noise(40, rank, seed=1), noise(rank, 30, seed=2)).dense()
+        assert full(D).rank == rank == int(np.linalg.matrix_rank(D.numpy()))
+        torch.testing.assert_close(full(D).dense(), D, rtol=1e-4, atol=1e-4)
+        assert full(1e6 * D).rank == full(1e-6 * D).rank == rank
+    nothing = full(torch.zeros(40, 30))
+    assert nothing.rank == 1 and not nothing.dense().any()
+
+
+def test_a_large_matrix_is_not_decomposed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from retain.merge import parts
+
+    monkeypatch.setattr(parts, "EXACT", 10)
+    sides, plain = list[int](), torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda t, **how: (sides.append(min(t.shape)), plain(t, **how))[1])
+    D = noise(120, 90, seed=5)
+    svd(D, 5)
+    assert sides and max(sides) < 90 / 2
+    U, S, Vh = svd(D, 30)  # a third of what there is: whole, and exact
+    assert sides[-1] == 90
+    want = np.linalg.svd(D.double().numpy(), compute_uv=False)
+    assert S.tolist() == pytest.approx(want[:30].tolist(), rel=1e-5)
+    assert (U.shape, Vh.shape) == ((120, 30), (30, 90)) and len(svd(D)[1]) == 90
 
 
 def test_the_large_decomposition_is_near_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
