@@ -90,6 +90,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "metrics/grammar": ("tests/test_grammar.py", *METRICS),
     "metrics/numerals": ("tests/test_grammar.py", *METRICS),
     "metrics/choices": ("tests/test_grammar.py", *METRICS),
+    "metrics/text": ("tests/test_grammar.py", *METRICS),
     "metrics/scores": ("tests/test_scores.py", "tests/test_grammar.py", "tests/test_data.py"),
     "metrics/render": ("tests/test_metrics.py", "tests/test_report.py"),
     "order": ("tests/test_stacks.py",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,3 +102,35 @@ def test_mask_keeps_the_mean_and_drops_the_share() -> None:
     assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.95])
     share = float((mask == 0).float().mean())
     assert abs(share - 0.05) < 5 * (0.05 * 0.95 / 100_003) ** 0.5  # five standard errors
+
+
+def language(kind: str = "LlamaModel", module: str = "transformers.models.llama", off: int = 0, **config: Any) -> Any:
+    """What `supports` asks of a language model; `off`: which layer checkpoints gradients, from 1."""
+    fields = {"_attn_implementation": "sdpa", "attention_dropout": 0.0, "hidden_act": "silu", **config}
+    made = type(kind, (), {"__module__": module})()
+    made.config = SimpleNamespace(**fields)
+    made.layers = [SimpleNamespace(gradient_checkpointing=i + 1 == off) for i in range(3)]
+    return made
+
+
+def test_only_what_is_known_runs_short() -> None:
+    """Everything else runs as Hugging Face wrote it, also a model of the same name from elsewhere."""
+    assert decoder.supports(language()) and decoder.supports(language(layer_types=None))
+    assert decoder.supports(language("Qwen3Model", "transformers.models.qwen3.modeling_qwen3"))
+    assert decoder.supports(language(layer_types=["full_attention"] * 3))
+    for other in (
+        language("GemmaModel"), language(module="elsewhere.llama"), language(module="transformers_modules.llama"),
+        language(_attn_implementation="eager"), language(attention_dropout=0.1), language(hidden_act="gelu"),
+        language(layer_types=["full_attention", "sliding_attention"]), language(off=1), language(off=3),
+    ):  # fmt: skip
+        assert not decoder.supports(other)
+
+
+@torch.no_grad()
+def test_the_embeddings_that_are_given_stay_what_they_are() -> None:
+    """Nothing is learned, so sums are in place, but never in the caller's memory."""
+    inner = tiny.model("llava").language
+    embeds = torch.randn(2, 5, 32)
+    before = embeds.clone()
+    out = decoder.forward(inner, embeds)
+    assert torch.equal(embeds, before) and torch.equal(decoder.forward(inner, embeds), out)

@@ -37,6 +37,10 @@ def one(name: str, text: str, answer: str, *references: str, **meta: object) -> 
         ("@: wrong. @: right", "-+"), ("the wrong answer is @", "-"), ("@ is the only one that is not red", "+"),
         ("there is no leash on the @", "+"), ("no @", "-"), ("不是@而是@", "-+"), ("@ cannot be it", "-"),
         ("all except @", "-"), ("not only @ but also @", "++"), ("i'm not sure but @", "+"), ("the answer is not: @", "-"),
+        ("it has legs and it is not @ and it is @", "-+"), ("without the @", "-"), ("no red @", "-"), ("no @ on the @", "-+"),
+        ("@ is a wrong answer", "-"), ("@ is the wrong one", "-"), ("@ wrong", "-"), ("@ incorrect, @ correct", "-+"),
+        ("@, certainly", "+"), ("@ (not wrong)", "+"), ("@ (not correct), @ (correct)", "-+"), ("@: not right. @: right", "-+"),
+        ("@, definitely not", "-"), ("@ - not it", "-"), ("@, not sure", "+"), ("@, isn't it", "+"), ("@, not because it is red", "+"),
     ],
 )  # fmt: skip
 def test_who_is_asserted(text: str, want: str) -> None:
@@ -110,7 +114,8 @@ FOUR = option_texts(("cat", "dog", "bird", "fish"))
         ("The answer is cat or dog", None), ("I am going with option (B)", "B"),
         ("My final answer is (b).", "B"), ("the answer is c", "C"), ("Answer: (C) bird", "C"),
         ("The answer is D. fish.", "D"), ("The answer is\nB", "B"), ("a. The animal has fur", "A"),
-        ("I do not know", None),
+        ("I do not know", None), ("A (not correct), B (correct)", "B"), ("A: not right. B: right", "B"),
+        ("B, definitely not", None), ("B, I do not know", "B"), ("B, I cannot be sure", "B"),
     ],
 )  # fmt: skip
 def test_which_of_cat_dog_bird_fish(text: str, want: str | None) -> None:

@@ -451,6 +451,12 @@ def test_what_cannot_be_merged_is_one_sentence() -> None:
                 merger(name)(huge, keep="cat" if name in ("average", "svd") else None)
 
 
+def test_factors_whose_product_fits_are_no_overflow() -> None:
+    """Their own squares do not fit fp32."""
+    state_ = {"m.lora_A": noise(2, 5, seed=1) * 1e-25, "m.lora_B": noise(6, 2, seed=2) * 1e25}
+    same(call("average", [state_, state_]), {"m.lora_A": noise(2, 5, seed=1), "m.lora_B": noise(6, 2, seed=2)})
+
+
 def test_the_elements_of_pruning() -> None:
     t = noise(30, 40, seed=3)
     assert int((largest(t, 0.25) != 0).sum()) == 300
@@ -560,7 +566,7 @@ def test_results_are_kept_as_asked() -> None:
     states = [state(1), state(2)]
     run = merger("ties").run
     exact = run(states, keep="cat")
-    assert exact.error == 0
+    assert exact.error == 0 == merger("average").run(states).error == run(states, keep="dense").error
     same(exact.state, {k.replace("q.weight", "q"): v for k, v in run(states, keep="dense").state.items()})
     assert run(states, keep="dense").state["layers.0.q.weight"].shape == (12, 10)
     small = run(states, keep="svd", rank=2)

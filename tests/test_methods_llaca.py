@@ -291,6 +291,27 @@ def test_reach_and_the_way_gone_equal_the_formula() -> None:
     assert f"{100 * told['gone']:.0f} % of the way" in told["verdict"] and "reach R" in told["verdict"]
 
 
+def test_a_task_of_two_steps_tells_the_one_rate_it_had() -> None:
+    events: list[dict[str, Any]] = []
+    model, ctx = FakeModel(), context()
+    ctx.model, ctx.log = model, lambda **e: events.append(e)
+    stack = build(["lora", {"llaca": {"first_task": True, "log_every": 1, "kappa": 0.3}}])
+    fit(model, stack, ctx, Optim(lr=1e-2, steps=2, batch_size=4, warmup=0.0))
+    (rates,) = [e for e in events if e["kind"] == "rates"]
+    told = told_of_task(events)
+    for kind, group in rates["groups"].items():
+        for word in ("min", "median", "max", "fallback"):
+            assert told["groups"][kind][word] == pytest.approx(group[word], rel=1e-5), (kind, word)
+
+
+def test_the_verdict_of_a_task_starts_from_the_kappa_that_was_set() -> None:
+    for kappa in (None, 50.0):
+        told = told_of_task(trajectory("official", kappa=kappa, fallback=1.0)[2])
+        assert told["gone"] > 0.9 and told["reach"] > 1
+        near = f"kappa near {(kappa or 2.0) * 0.5 / told['reach']:.2g} would give"
+        assert near in told["verdict"]
+
+
 def test_with_little_reach_the_average_ends_about_that_share_of_the_way() -> None:
     """The point of R: it foretells how far the average comes, whatever kappa is."""
     for kappa in (2e-4, 8e-4):
