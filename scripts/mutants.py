@@ -94,7 +94,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "metrics/scores": ("tests/test_scores.py", "tests/test_grammar.py", "tests/test_data.py"),
     "metrics/render": ("tests/test_metrics.py", "tests/test_report.py"),
     "order": ("tests/test_stacks.py",),
-    "run/order": ("tests/test_stacks.py",),
+    "run/order": ("tests/test_load.py",),
     "models/guide": ("tests/test_guide.py", "tests/test_hf.py", "tests/test_methods_modal_prompt.py"),
     "models/generate": ("tests/test_decoder.py", "tests/test_hf.py", "tests/test_stacked.py"),
     "models/decoder": ("tests/test_decoder.py", "tests/test_hf.py", "tests/test_stacked.py"),

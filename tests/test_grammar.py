@@ -37,10 +37,11 @@ def one(name: str, text: str, answer: str, *references: str, **meta: object) -> 
         ("@: wrong. @: right", "-+"), ("the wrong answer is @", "-"), ("@ is the only one that is not red", "+"),
         ("there is no leash on the @", "+"), ("no @", "-"), ("不是@而是@", "-+"), ("@ cannot be it", "-"),
         ("all except @", "-"), ("not only @ but also @", "++"), ("i'm not sure but @", "+"), ("the answer is not: @", "-"),
-        ("it has legs and it is not @ and it is @", "-+"), ("without the @", "-"), ("no red @", "-"), ("no @ on the @", "-+"),
-        ("@ is a wrong answer", "-"), ("@ is the wrong one", "-"), ("@ wrong", "-"), ("@ incorrect, @ correct", "-+"),
-        ("@, certainly", "+"), ("@ (not wrong)", "+"), ("@ (not correct), @ (correct)", "-+"), ("@: not right. @: right", "-+"),
-        ("@, definitely not", "-"), ("@ - not it", "-"), ("@, not sure", "+"), ("@, isn't it", "+"), ("@, not because it is red", "+"),
+        ("it has legs and it is not @ and it is @", "-+"), ("without the @", "-"), ("no red @", "-"),
+        ("no @ on the @", "-+"), ("@ is a wrong answer", "-"), ("@ is the wrong one", "-"), ("@ wrong", "-"), ("@ incorrect, @ correct", "-+"),
+        ("@, certainly", "+"), ("@ (not wrong)", "+"), ("@ (not correct), @ (correct)", "-+"),
+        ("@: not right. @: right", "-+"), ("@, definitely not", "-"), ("@ - not it", "-"), ("@, not sure", "+"), ("@, isn't it", "+"),
+        ("@, not because it is red", "+"),
     ],
 )  # fmt: skip
 def test_who_is_asserted(text: str, want: str) -> None:
@@ -243,16 +244,22 @@ def test_numbers_that_an_answer_states(text: str, want: list[float]) -> None:
     assert sorted(stated(text)) == pytest.approx(want)
 
 
-SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-TENTHS = "ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+SMALL = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+TENTHS = ["ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
 def spelled(n: int, link: str = " ") -> str:
     """A whole number in English words."""
-    for size, word in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million"), (1000, "thousand"), (100, "hundred")):
+    for size, word in (
+        (10**12, "trillion"),
+        (10**9, "billion"),
+        (10**6, "million"),
+        (1000, "thousand"),
+        (100, "hundred"),
+    ):
         if n >= size:
             rest = f"{link}{spelled(n % size, link)}" if n % size else ""
             return f"{spelled(n // size, link)} {word}{rest}"
@@ -272,7 +279,7 @@ def test_a_number_in_words_is_the_number() -> None:
 
 
 def test_parts_in_words() -> None:
-    words = "third fourth fifth sixth seventh eighth ninth tenth".split()
+    words = ["third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
     for k, word in [(2, "half"), (4, "quarter"), *enumerate(words, 3)]:
         many = "halves" if word == "half" else f"{word}s"
         assert numbers(f"one {word}") == numbers(f"1-{word}") == [pytest.approx(1 / k)]

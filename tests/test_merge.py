@@ -391,11 +391,15 @@ def test_coma_is_its_recursion() -> None:
 
 def test_the_mass_ratio_by_hand() -> None:
     A = torch.tensor([[1.0, -2.0, 1.0], [3.0, 4.0, 0.0], [-1.0, 5.0, 0.5], [2.0, 2.0, 2.0], [0.1, 0.1, 0.1]])
-    kept = torch.tensor([[0.0, -2.0, 0.0], [3.0, 4.0, 0.0], [0.0, 5.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    kept = torch.tensor(
+        [[0.0, -2.0, 0.0], [3.0, 4.0, 0.0], [0.0, 5.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    )
     S = [2.0, 1.0, 1.3, 3.0, 0.0]
     assert mass_ratio(A, kept).tolist() == pytest.approx(S)
     assert mass_ratio(A, kept, scale=False).tolist() == [1, 1, 1, 1, 0]
-    assert mass_ratio(A, kept, floor=0.5).tolist() == pytest.approx([2, 2, 2, 3, 0])  # S of four rows, sorted: [2]
+    assert mass_ratio(A, kept, floor=0.5).tolist() == pytest.approx(
+        [2, 2, 2, 3, 0]
+    )  # S of four rows, sorted: [2]
     assert mass_ratio(A, kept, floor=0.25).tolist() == pytest.approx([2, 1.3, 1.3, 3, 0])
     assert mass_ratio(A, kept, floor=1.0).tolist() == pytest.approx([3, 3, 3, 3, 0])
 
@@ -408,7 +412,10 @@ def test_copas_ablations_and_weights(form: Any, scale: bool, normalise: bool) ->
     A, B = (
         [torch.tensor(reference.top(s[f"layers.0.q.lora_{x}"].tolist(), 0.6)) for s in states] for x in "AB"
     )
-    S = [s["layers.0.q.lora_A"].abs().sum(1) / a.abs().sum(1) if scale else torch.ones(4) for s, a in zip(states, A)]
+    S = [
+        s["layers.0.q.lora_A"].abs().sum(1) / a.abs().sum(1) if scale else torch.ones(4)
+        for s, a in zip(states, A)
+    ]
     S = [s / sum(S) for s in S] if normalise else S
     left = [w * b * s for w, b, s in zip(weights, B, S)]
     want = 2 * sum(b @ a for b, a in zip(left, A)) if form == "sum" else 2 * sum(left) @ (2 * sum(A))
@@ -454,7 +461,9 @@ def test_what_cannot_be_merged_is_one_sentence() -> None:
 def test_factors_whose_product_fits_are_no_overflow() -> None:
     """Their own squares do not fit fp32."""
     state_ = {"m.lora_A": noise(2, 5, seed=1) * 1e-25, "m.lora_B": noise(6, 2, seed=2) * 1e25}
-    same(call("average", [state_, state_]), {"m.lora_A": noise(2, 5, seed=1), "m.lora_B": noise(6, 2, seed=2)})
+    same(
+        call("average", [state_, state_]), {"m.lora_A": noise(2, 5, seed=1), "m.lora_B": noise(6, 2, seed=2)}
+    )
 
 
 def test_the_elements_of_pruning() -> None:
@@ -538,7 +547,9 @@ def test_a_large_matrix_is_not_decomposed_whole(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(parts, "EXACT", 10)
     sides, plain = list[int](), torch.linalg.svd
-    monkeypatch.setattr(torch.linalg, "svd", lambda t, **how: (sides.append(min(t.shape)), plain(t, **how))[1])
+    monkeypatch.setattr(
+        torch.linalg, "svd", lambda t, **how: (sides.append(min(t.shape)), plain(t, **how))[1]
+    )
     D = noise(120, 90, seed=5)
     svd(D, 5)
     assert sides and max(sides) < 90 / 2

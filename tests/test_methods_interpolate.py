@@ -165,7 +165,9 @@ def test_a_loss_that_is_no_number_ends_the_task_by_name(monkeypatch: pytest.Monk
     model, method = FakeModel(), build(["lora", {"interpolate": {"choose": [0.7, 0.2, 0.4], "keep": 2}}])
     first, second, _ = contexts(model)
     fit(model, method, first, OPTIM)
-    with pytest.raises(RetainError, match=rf"the loss of task '{second.task.name}' is not finite at ratio 0\.4"):
+    with pytest.raises(
+        RetainError, match=rf"the loss of task '{second.task.name}' is not finite at ratio 0\.4"
+    ):
         fit(model, method, second, OPTIM)
 
 

@@ -473,6 +473,7 @@ def test_a_bf16_average_is_kept_and_rounds_as_released() -> None:
         not torch.equal(p, q)
         for p, q in zip(model.adapters.trainable().values(), full.adapters.trainable().values(), strict=True)
     )
+
     def eight_bits(x: np.ndarray) -> np.ndarray:
         """To the nearest bfloat16, ties to even, by the bits."""
         bits = x.astype(np.float32).view(np.uint32)

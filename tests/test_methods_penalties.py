@@ -148,6 +148,18 @@ def test_the_teacher_is_the_model_before_the_task() -> None:
     assert model.adapters.names == ["lora"] and part.teacher == {}
 
 
+def test_lwf_of_no_weight_keeps_no_copy() -> None:
+    model, ctx = FakeModel(), context(None, "letter", ["colour"])
+    ctx.model = model
+    model.adapters.mix = build("lora").adapt(ctx)
+    names = list(model.adapters.names)
+    for weight in (0.0, 0.5):
+        part = LwF(weight=weight)
+        part.begin_task(ctx)
+        assert bool(part.teacher) == (model.adapters.names != names) == (weight > 0)
+    assert LwF.asks_before  # or a route that moves would be distilled from other weights than answered before
+
+
 def test_lwf_has_no_teacher_in_the_first_task() -> None:
     model, part = FakeModel(), LwF()
     ctx = context(model)

@@ -18,8 +18,8 @@ from scipy import stats
 from limits import CPU
 from retain.metrics import AccuracyMatrix, aggregate, compare_runs, compare_seeds, holm
 from retain.metrics import render as show
-from retain.metrics.compare import _swap_cells, paired_t, permutation_p
-from retain.metrics.formulas import DEFINITIONS
+from retain.metrics.compare import Comparison, _swap_cells, paired_t, permutation_p
+from retain.metrics.formulas import DEFINITIONS, Metric
 from retain.metrics.intervals import Shares, best_row, interval
 from retain.metrics.matrix import spread
 from retain.types import RetainError
@@ -714,6 +714,32 @@ def test_text_is_plain_when_it_is_not_a_terminal() -> None:
     terminal = io.StringIO()
     show.show(show.metric_rows(m.metrics()), console=Console(file=terminal, force_terminal=True, width=120))
     assert "\u2502" in terminal.getvalue() and "mean_j A[T,j]" in terminal.getvalue()
+
+
+def test_tables_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        show.interval(1, 2.345) == "[1.00, 2.35]" and show.interval(None, 2) == show.interval(1, None) == ""
+    )
+    made = [Metric("Last", 50.0, "mean", 40.0, 61.0), Metric("BWT", None, "sum", reason="one task")]
+    assert show.metric_rows(made)[1:] == [
+        ["Last", "50.00", "[40.00, 61.00]", "mean"],
+        ["BWT", "", "", "one task"],
+    ]
+    both = [
+        Comparison("Last", 1.5, -1.0, 4.0, 0.01234, 0.05, 9, "permutation"),
+        Comparison("BWT", None, reason="no samples"),
+    ]
+    assert show.comparison_rows(both)[1:] == [
+        ["Last", "1.50", "[-1.00, 4.00]", "0.0123", "0.0500", "permutation"], ["BWT", "", "", "", "", "no samples"],
+    ]  # fmt: skip
+    show.show([["name", "of"], ["a", "word"]], "Title")
+    assert capsys.readouterr().out == "Title\nname  of\na     word\n"  # words to the left
+    show.show([["name"], ["[b]a"]])
+    assert capsys.readouterr().out == "name\n[b]a\n"
+    assert show.plain([["name", "n"]]) == "name  n" and show.table([["name", "n"]]).row_count == 0
+    terminal = io.StringIO()
+    show.show([["name"], ["a"]], "Title", Console(file=terminal, force_terminal=True, width=40))
+    assert "Title" in terminal.getvalue()
 
 
 def test_every_table_renders() -> None:

@@ -223,7 +223,9 @@ def _judged(clauses: list[_Clause]) -> list[_Clause]:
     """A clause that only says "wrong" or "not right" speaks of the one before it ("A: wrong", "A (not correct)")."""
     out: list[_Clause] = []
     for clause in clauses:
-        verdict = not clause.marks and (any(t in WRONG for t in clause.tokens) or _refuses(clause, clauses[-1]))
+        verdict = not clause.marks and (
+            any(t in WRONG for t in clause.tokens) or _refuses(clause, clauses[-1])
+        )
         if verdict and out and out[-1].marks and clause.lead in (":", "(", "-", ",", "\u2013", "\u2014") and all(
             map(_empty, clause.tokens)
         ):  # fmt: skip
