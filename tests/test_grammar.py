@@ -38,10 +38,10 @@ def one(name: str, text: str, answer: str, *references: str, **meta: object) -> 
         ("there is no leash on the @", "+"), ("no @", "-"), ("不是@而是@", "-+"), ("@ cannot be it", "-"),
         ("all except @", "-"), ("not only @ but also @", "++"), ("i'm not sure but @", "+"), ("the answer is not: @", "-"),
         ("it has legs and it is not @ and it is @", "-+"), ("without the @", "-"), ("no red @", "-"),
-        ("no @ on the @", "-+"), ("@ is a wrong answer", "-"), ("@ is the wrong one", "-"), ("@ wrong", "-"), ("@ incorrect, @ correct", "-+"),
-        ("@, certainly", "+"), ("@ (not wrong)", "+"), ("@ (not correct), @ (correct)", "-+"),
-        ("@: not right. @: right", "-+"), ("@, definitely not", "-"), ("@ - not it", "-"), ("@, not sure", "+"), ("@, isn't it", "+"),
-        ("@, not because it is red", "+"),
+        ("no @ on the @", "-+"), ("@ is a wrong answer", "-"), ("@ is the wrong one", "-"), ("@ wrong", "-"),
+        ("@ incorrect, @ correct", "-+"), ("@, certainly", "+"), ("@ (not wrong)", "+"),
+        ("@ (not correct), @ (correct)", "-+"), ("@: not right. @: right", "-+"), ("@, definitely not", "-"),
+        ("@ - not it", "-"), ("@, not sure", "+"), ("@, isn't it", "+"), ("@, not because it is red", "+"),
     ],
 )  # fmt: skip
 def test_who_is_asserted(text: str, want: str) -> None:

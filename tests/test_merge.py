@@ -608,6 +608,33 @@ def test_lorahub_finds_the_weights() -> None:
         lorahub(states, loss=lambda s: math.nan, steps=3)
 
 
+def test_lorahub_asks_as_often_as_it_says_and_stays_in_its_box() -> None:
+    """40 evaluations from the base model on (arXiv 2307.13269); what is merged is (sum w B)(sum w A) at every point."""
+    states = [state(1), state(2), state(3)]
+    states[0]["layers.0.q.lora_B"][0] = 0.0
+    asked: list[State] = []
+    weights = lorahub(states, loss=lambda s: asked.append(s) or -float(s["projector.bias"].sum()), l1=0.0)[1]
+    assert len(asked) == 40 and not asked[0]["projector.bias"].any() and max(map(abs, weights)) <= 1.5
+    flat = torch.stack([s["projector.bias"] for s in states], 1)
+    for found in asked:
+        w = torch.linalg.lstsq(flat, found["projector.bias"][:, None]).solution[:, 0]
+        assert w.abs().max() < 1.5 + 1e-4
+        for leaf in ("lora_A", "lora_B"):
+            want = sum(c * s[f"layers.0.q.{leaf}"] for c, s in zip(w, states))
+            torch.testing.assert_close(found[f"layers.0.q.{leaf}"], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"box": 0.0}, {"l1": -0.1}, {"keep": "half"}])
+def test_lorahubs_bounds(bad: dict[str, Any]) -> None:
+    with pytest.raises(RetainError, match="lorahub: steps >= 1, box > 0, l1 >= 0 and keep in"):
+        lorahub([state(1)], loss=lambda s: 0.0, **bad)
+
+
+def test_lorahub_names_the_module_whose_ranks_differ() -> None:
+    with pytest.raises(RetainError, match=r"layers\.0\.q: lorahub in space 'factors' needs .* equal rank"):
+        lorahub([state(1), state(2, rank=3)], loss=lambda s: 0.0)
+
+
 # -- errors ----------------------------------------------------------------------------------------------
 
 
