@@ -163,6 +163,7 @@ class Eye:
 def _inside(folder: Path, tests: Sequence[str], file: str, code: types.CodeType | None) -> None:
     """What the forked process does: it writes `folder/result.json` and never returns."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
     out = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
