@@ -183,7 +183,8 @@ def test_every_letter_in_every_frame(letter: str, frame: str) -> None:
         ("c++", "c++ code", True), ("dog", "hot-dog", True), ('dog', "I don't think it is a dog", False),
         ("red", "Not red but blue", False), ("blue", "Not red but blue", True), ("5", "5", True),
         ("5", "５", True), ("5", "temperature: -5", False), ("102", "10²", False),
-        ("no parking", "the sign says no parking", True),
+        ("no parking", "the sign says no parking", True), ("5", "it is –5", False), ("5", "3 – 5", True),
+        ("dog", "This is not a dog. That one is a dog.", True),
     ],
 )  # fmt: skip
 def test_contains(label: str, text: str, want: bool) -> None:
