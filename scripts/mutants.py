@@ -90,10 +90,11 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "metrics/grammar": ("tests/test_grammar.py", *METRICS),
     "metrics/numerals": ("tests/test_grammar.py", *METRICS),
     "metrics/choices": ("tests/test_grammar.py", *METRICS),
+    "metrics/text": ("tests/test_grammar.py", *METRICS),
     "metrics/scores": ("tests/test_scores.py", "tests/test_grammar.py", "tests/test_data.py"),
     "metrics/render": ("tests/test_metrics.py", "tests/test_report.py"),
     "order": ("tests/test_stacks.py",),
-    "run/order": ("tests/test_stacks.py",),
+    "run/order": ("tests/test_load.py",),
     "models/guide": ("tests/test_guide.py", "tests/test_hf.py", "tests/test_methods_modal_prompt.py"),
     "models/generate": ("tests/test_decoder.py", "tests/test_hf.py", "tests/test_stacked.py"),
     "models/decoder": ("tests/test_decoder.py", "tests/test_hf.py", "tests/test_stacked.py"),
@@ -162,6 +163,7 @@ class Eye:
 def _inside(folder: Path, tests: Sequence[str], file: str, code: types.CodeType | None) -> None:
     """What the forked process does: it writes `folder/result.json` and never returns."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
     out = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -37,6 +37,11 @@ def one(name: str, text: str, answer: str, *references: str, **meta: object) -> 
         ("@: wrong. @: right", "-+"), ("the wrong answer is @", "-"), ("@ is the only one that is not red", "+"),
         ("there is no leash on the @", "+"), ("no @", "-"), ("不是@而是@", "-+"), ("@ cannot be it", "-"),
         ("all except @", "-"), ("not only @ but also @", "++"), ("i'm not sure but @", "+"), ("the answer is not: @", "-"),
+        ("it has legs and it is not @ and it is @", "-+"), ("without the @", "-"), ("no red @", "-"),
+        ("no @ on the @", "-+"), ("@ is a wrong answer", "-"), ("@ is the wrong one", "-"), ("@ wrong", "-"),
+        ("@ incorrect, @ correct", "-+"), ("@, certainly", "+"), ("@ (not wrong)", "+"),
+        ("@ (not correct), @ (correct)", "-+"), ("@: not right. @: right", "-+"), ("@, definitely not", "-"),
+        ("@ - not it", "-"), ("@, not sure", "+"), ("@, isn't it", "+"), ("@, not because it is red", "+"),
     ],
 )  # fmt: skip
 def test_who_is_asserted(text: str, want: str) -> None:
@@ -110,7 +115,8 @@ FOUR = option_texts(("cat", "dog", "bird", "fish"))
         ("The answer is cat or dog", None), ("I am going with option (B)", "B"),
         ("My final answer is (b).", "B"), ("the answer is c", "C"), ("Answer: (C) bird", "C"),
         ("The answer is D. fish.", "D"), ("The answer is\nB", "B"), ("a. The animal has fur", "A"),
-        ("I do not know", None),
+        ("I do not know", None), ("A (not correct), B (correct)", "B"), ("A: not right. B: right", "B"),
+        ("B, definitely not", None), ("B, I do not know", "B"), ("B, I cannot be sure", "B"),
     ],
 )  # fmt: skip
 def test_which_of_cat_dog_bird_fish(text: str, want: str | None) -> None:
@@ -137,7 +143,10 @@ def test_which_of_cat_dog_bird_fish(text: str, want: str | None) -> None:
         ("red and blue", ["red", "red and blue"], "B"), ("true", ["true", "false"], "A"),
         ("It is false", ["true", "false"], "B"), ("The statement is false.", ["True", "False"], "B"),
         ("New York", ["York", "New York"], "B"), ("-5", ["5", "-5"], "B"), ("12", ["1", "12"], "B"),
-        ("D", ["a", "b", "c"], "D"),
+        ("D", ["a", "b", "c"], "D"), ('"E"', ["a", "b"], "E"), ("\u201cE\u201d", ["a", "b"], "E"),
+        ("It is not a cat, it is a dog.", ["cat", "cat", "dog"], "C"), ("a cat (B)", ["cat", "cat", "dog"], "B"),
+        ("The answer is a cat. Option C shows grass.", ["cat", "cat", "dog"], None),  # the claim is of two
+        ("option\n\ni", list("qwertyuop"), "I"), ("option" + "\n" * 999 + "i", list("qwertyuop"), None),  # far away
     ],
 )  # fmt: skip
 def test_which_of_other_options(text: str, options: list[str], want: str | None) -> None:
@@ -174,7 +183,8 @@ def test_every_letter_in_every_frame(letter: str, frame: str) -> None:
         ("c++", "c++ code", True), ("dog", "hot-dog", True), ('dog', "I don't think it is a dog", False),
         ("red", "Not red but blue", False), ("blue", "Not red but blue", True), ("5", "5", True),
         ("5", "５", True), ("5", "temperature: -5", False), ("102", "10²", False),
-        ("no parking", "the sign says no parking", True),
+        ("no parking", "the sign says no parking", True), ("5", "it is –5", False), ("5", "3 – 5", True),
+        ("dog", "This is not a dog. That one is a dog.", True),
     ],
 )  # fmt: skip
 def test_contains(label: str, text: str, want: bool) -> None:
@@ -233,6 +243,50 @@ def test_numbers_of_a_text(text: str, want: list[float]) -> None:
 )  # fmt: skip
 def test_numbers_that_an_answer_states(text: str, want: list[float]) -> None:
     assert sorted(stated(text)) == pytest.approx(want)
+
+
+SMALL = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+TENTHS = ["ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+
+def spelled(n: int, link: str = " ") -> str:
+    """A whole number in English words."""
+    for size, word in (
+        (10**12, "trillion"),
+        (10**9, "billion"),
+        (10**6, "million"),
+        (1000, "thousand"),
+        (100, "hundred"),
+    ):
+        if n >= size:
+            rest = f"{link}{spelled(n % size, link)}" if n % size else ""
+            return f"{spelled(n // size, link)} {word}{rest}"
+    if n < 20:
+        return SMALL[n]
+    return TENTHS[n // 10 - 1] + (f"-{SMALL[n % 10]}" if n % 10 else "")
+
+
+def test_a_number_in_words_is_the_number() -> None:
+    rng = random.Random(5)
+    drawn = [rng.randrange(10 ** rng.randint(2, 15)) for _ in range(400)]
+    for n in [*range(131), *drawn]:
+        assert numbers(f"it is {spelled(n)} now") == [n], spelled(n)
+        assert numbers(spelled(n).replace("-", " ").title()) == [n], spelled(n)
+        if n < 10**6:
+            assert numbers(spelled(n, " and ")) == [n], spelled(n, " and ")
+
+
+def test_parts_in_words() -> None:
+    words = ["third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
+    for k, word in [(2, "half"), (4, "quarter"), *enumerate(words, 3)]:
+        many = "halves" if word == "half" else f"{word}s"
+        assert numbers(f"one {word}") == numbers(f"1-{word}") == [pytest.approx(1 / k)]
+        assert numbers(f"seven {many}") == numbers(f"7 {many}") == [pytest.approx(7 / k)]
+        assert numbers(f"2 and a {word}") == numbers(f"two and one {word}") == [pytest.approx(2 + 1 / k)]
+        assert word == "half" or numbers(f"the twenty {word}") == []  # an ordinal
 
 
 def test_fractions_and_units_of_number() -> None:

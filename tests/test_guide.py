@@ -11,7 +11,9 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import tiny
+from retain.models.guide import prototype_width
 from retain.models.hf import HFModel
+from retain.types import RetainError
 
 
 def clip_folder(folder: Path, dtype: torch.dtype) -> CLIPModel:
@@ -69,3 +71,22 @@ def test_features_of_the_base_are_pooled_in_fp32() -> None:
         assert rows.dtype == torch.bfloat16
         image = rows.reshape(-1, rows.shape[-1]).double().mean(0)
         torch.testing.assert_close(guide.image_BF[i], F.normalize(image, dim=0).float(), atol=1e-6, rtol=1e-6)
+
+
+def test_the_width_of_a_prototype_is_that_of_what_it_is_compared_with(tmp_path: Path) -> None:
+    """From configs alone: CLIP's shared space, or both of the base's own."""
+    clip_folder(tmp_path, torch.float32)
+    hf, processor = tiny.llava()
+    assert prototype_width(hf, tmp_path) == 12
+    guide = HFModel(hf, processor, tiny.SPEC)
+    features = guide.guide(guide.collate(tiny.examples()[:1], answers=False))
+    assert prototype_width(hf, None) == features.image_BF.shape[1] + features.text_BD.shape[1]
+
+
+def test_a_guide_that_is_no_clip_is_named(tmp_path: Path) -> None:
+    tiny.llava()[0].save_pretrained(tmp_path)
+    model = HFModel(*tiny.llava(), tiny.SPEC, guide=tmp_path)
+    with pytest.raises(RetainError, match=r"config\.json: model_type 'llava' is no CLIP model"):
+        model.guide(model.collate(tiny.examples()[:1], answers=False))
+    with pytest.raises(RetainError, match=r"guide '.*config\.json"):
+        prototype_width(model.hf, tmp_path)

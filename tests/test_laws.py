@@ -329,3 +329,27 @@ def test_no_hook_draws_from_the_global_generator(name: str) -> None:
         method.route(ctx, model.collate(task.test, answers=False))
         seen.append(task.name)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Asked(FakeModel):
+    """Keeps which answers of a conversation it was asked for."""
+
+    def collate(self, examples: Any, *, answers: bool, turns: str = "all") -> Any:
+        if answers:
+            self.__dict__.setdefault("turns", set()).add(turns)
+        return super().collate(examples, answers=answers, turns=turns)
+
+
+@every
+def test_a_method_reads_the_answers_that_training_learns(name: str) -> None:
+    """Gradients, Fishers, inputs and losses of a method's own passes are of `optim.turns`."""
+    method, model, seen = build(SPECS[name]), Asked(adapters(SPECS[name])), list[str]()
+    model.train(False)
+    for task in stream():
+        ctx = context(model, task.name, seen)
+        ctx.turns = "last"
+        model.adapters.mix = method.adapt(ctx)
+        method.begin_task(ctx)
+        method.end_task(ctx)
+        seen.append(task.name)
+    assert vars(model).get("turns", {"last"}) == {"last"}

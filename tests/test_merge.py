@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from reference import merge as reference
 from retain.merge import MERGERS, chunks, copa, lorahub, merger, ties
-from retain.merge.axes import by_rank, largest, random, shared_basis
+from retain.merge.axes import borders_of, by_rank, largest, random, shared_basis
 from retain.merge.mergers import mass_ratio
-from retain.merge.parts import Low, inner, split, svd, truncated
+from retain.merge.parts import Low, full, inner, split, svd, truncated
 from retain.types import RetainError
 
 State = dict[str, Tensor]
@@ -142,6 +143,12 @@ def test_trimming_over_the_model_is_trimming_of_one_long_vector(density: float) 
     if 0 < density < 1:
         per_module = call("magnitude_prune", states, keep="dense", density=density)
         assert not torch.allclose(per_module["layers.0.q.weight"], got["layers.0.q.weight"])
+
+
+def test_a_border_is_exact_beyond_what_fp32_can_count() -> None:
+    """A 7B adapter has 10^8 entries; fp32 counts to 2^24."""
+    most, few = torch.ones(1 << 24), torch.tensor([0.5, 0.5001, 0.5002])
+    assert borders_of(lambda: [[most], [few]], 1.0) == [0.5]
 
 
 def test_trimming_over_the_model_needs_the_whole_model_and_changes() -> None:
@@ -330,6 +337,112 @@ def test_equal_fishers_give_coma_and_two_quadratics_their_joint_minimum() -> Non
     assert joint(merged) == pytest.approx(0.198, abs=5e-3) and coma == pytest.approx(5.25, abs=0.01)
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "average": {}, "task_arithmetic": {"lam": 1.0, "space": "deltas"}, "svd": {"lam": 1.0}, "slerp": {"parallel": 0.9995},
+    "coma": {"new": 0.4}, "fisher": {"lam": 1.0},
+    "magnitude_prune": {"density": 0.2, "lam": 1.0, "space": "deltas", "trim": "module"},
+    "ties": {"density": 0.2, "lam": 1.0, "signs": "total", "space": "deltas", "trim": "module"},
+    "dare": {"density": 0.2, "lam": 1.0, "seed": 0, "space": "deltas"},
+    "dare_ties": {"density": 0.2, "lam": 1.0, "signs": "total", "seed": 0, "space": "deltas"},
+    "della": {"density": 1 - 0.3, "window": 0.14, "lam": 1.1, "signs": "total", "seed": 0, "space": "deltas"},
+    "knots_ties": {"density": 0.2, "lam": 0.6, "signs": "total", "trim": "module"},
+    "knots_dare_ties": {"density": 1 - 0.1, "lam": 0.7, "signs": "total", "seed": 0},
+    "pcb": {"ratio": 0.1, "lam": 1.2, "clip": 1e-4, "space": "deltas"},
+    "copa": {"density": 0.2, "lam": 2.0, "form": "sum", "floor": 0.0, "scale": True, "normalise": True},
+}  # fmt: skip
+
+
+def test_defaults_are_the_published_ones() -> None:
+    """Of the papers, releases and READMEs that each merger's docstring names; mergekit's border of `slerp`."""
+    assert {name: of.params for name, of in MERGERS.items()} == PUBLISHED
+
+
+@pytest.mark.parametrize("cosine", [0.9996, 0.9994, -0.9996, -0.9994, 0.3])
+def test_slerp_is_the_straight_line_where_two_are_nearly_parallel(cosine: float) -> None:
+    a, b = [3.0, 0.0], [2 * cosine, 2 * math.sqrt(1 - cosine**2)]
+    line = [0.3 * x + 0.7 * y for x, y in zip(a, b)]
+    want = line if abs(cosine) > 0.9995 else reference.slerp(a, b, 0.7)
+    made = merger("slerp")([{"w.x": torch.tensor(a)}, {"w.x": torch.tensor(b)}], [0.3, 0.7])["w.x"]
+    assert made.tolist() == pytest.approx(want, rel=1e-5, abs=1e-6)
+    if abs(cosine) < 0.9999:
+        circle = reference.slerp(a, b, 0.7)
+        assert max(abs(x - y) for x, y in zip(line, circle)) > 1e-4  # the two can be told apart
+
+
+def test_slerp_without_weights_or_with_a_zero_change() -> None:
+    a, b = torch.tensor([3.0, 1.0]), torch.tensor([0.5, 2.0])
+    half = torch.tensor(reference.slerp(a.tolist(), b.tolist(), 0.5))
+    for weights in ([0.0, 0.0], [1.0, 1.0], None, [5.0, 5.0]):
+        torch.testing.assert_close(merger("slerp")([{"w.x": a}, {"w.x": b}], weights)["w.x"], half)
+    for pair, want in (((a, 0 * b), 0.75 * a), ((0 * a, b), 0.25 * b)):
+        made = merger("slerp")([{"w.x": t} for t in pair], [3.0, 1.0])["w.x"]
+        torch.testing.assert_close(made, want)
+
+
+def test_coma_is_its_recursion() -> None:
+    a, b, c = (noise(5, seed=i) for i in range(3))
+    for new, weights in ((0.3, [1.0, 1.0, 1.0]), (0.4, [2.0, 0.5, -1.0])):
+        x, y, z = (w * t for w, t in zip(weights, (a, b, c)))
+        want = (1 - new) * ((1 - new) * x + new * y) + new * z
+        torch.testing.assert_close(
+            merger("coma")([{"w.x": t} for t in (a, b, c)], weights, new=new)["w.x"], want
+        )
+
+
+def test_the_mass_ratio_by_hand() -> None:
+    A = torch.tensor([[1.0, -2.0, 1.0], [3.0, 4.0, 0.0], [-1.0, 5.0, 0.5], [2.0, 2.0, 2.0], [0.1, 0.1, 0.1]])
+    kept = torch.tensor(
+        [[0.0, -2.0, 0.0], [3.0, 4.0, 0.0], [0.0, 5.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    )
+    S = [2.0, 1.0, 1.3, 3.0, 0.0]
+    assert mass_ratio(A, kept).tolist() == pytest.approx(S)
+    assert mass_ratio(A, kept, scale=False).tolist() == [1, 1, 1, 1, 0]
+    assert mass_ratio(A, kept, floor=0.5).tolist() == pytest.approx(
+        [2, 2, 2, 3, 0]
+    )  # S of four rows, sorted: [2]
+    assert mass_ratio(A, kept, floor=0.25).tolist() == pytest.approx([2, 1.3, 1.3, 3, 0])
+    assert mass_ratio(A, kept, floor=1.0).tolist() == pytest.approx([3, 3, 3, 3, 0])
+
+
+@pytest.mark.parametrize("form", ["sum", "product"])
+@pytest.mark.parametrize(("scale", "normalise"), [(False, True), (True, False), (False, False), (True, True)])
+def test_copas_ablations_and_weights(form: Any, scale: bool, normalise: bool) -> None:
+    """Without `scale` S is 1, without `normalise` S~ is S; weights are those of B."""
+    states, weights = [state(1), state(2), state(3)], [0.5, -2.0, 2.5]
+    A, B = (
+        [torch.tensor(reference.top(s[f"layers.0.q.lora_{x}"].tolist(), 0.6)) for s in states] for x in "AB"
+    )
+    S = [
+        s["layers.0.q.lora_A"].abs().sum(1) / a.abs().sum(1) if scale else torch.ones(4)
+        for s, a in zip(states, A)
+    ]
+    S = [s / sum(S) for s in S] if normalise else S
+    left = [w * b * s for w, b, s in zip(weights, B, S)]
+    want = 2 * sum(b @ a for b, a in zip(left, A)) if form == "sum" else 2 * sum(left) @ (2 * sum(A))
+    made = copa(states, weights, density=0.6, scale=scale, normalise=normalise, form=form)
+    torch.testing.assert_close(got(made), want, rtol=1e-4, atol=1e-4)
+
+
+def test_fishers_of_the_dense_change_weigh_its_entries() -> None:
+    """Low-rank adapters with Fishers as path.weight: the formula on the products; never Fishers of both kinds."""
+    states, w = [state(1), state(2)], [3.0, 1.0]
+    deltas = [changes(s)["layers.0.q"] for s in states]
+    F = [noise(12, 10, seed=80 + i).square() for i in range(2)]
+    F[0][0], F[1][0] = 0.0, 0.0
+    want = torch.tensor(
+        reference.cofima(*(t.flatten().tolist() for t in (*deltas, *F)), lam=0.25)
+    ).view(12, 10)  # fmt: skip
+    parts = [split(s)["layers.0.q"] for s in states]
+    weights = merger("fisher").weights(2, w)
+    torch.testing.assert_close(merger("fisher").part(parts, weights, fishers=F, lam=0.5), 0.5 * want)
+    of_factors = [split({k: v.square() for k, v in s.items()})["layers.0.q"] for s in states]
+    for changed, fishers, n in (
+        (parts, [of_factors[0], F[1]], 1), (parts, [F[0], of_factors[1]], 2), ([deltas[0], parts[1]], of_factors, 1),
+    ):  # fmt: skip
+        with pytest.raises(RetainError, match=f"Fisher of adapter {n} is of factors, but"):
+            merger("fisher").part(changed, weights, fishers=fishers)
+
+
 def test_what_cannot_be_merged_is_one_sentence() -> None:
     states = [state(1), state(2)]
     other = [{k: (v[:2] if k.endswith("lora_A") else v[:, :2] if k.endswith("lora_B") else v) for k, v in s.items()}
@@ -343,6 +456,14 @@ def test_what_cannot_be_merged_is_one_sentence() -> None:
         if name != "fisher":
             with pytest.raises(RetainError, match=r"overflow fp32|too large for fp32"):
                 merger(name)(huge, keep="cat" if name in ("average", "svd") else None)
+
+
+def test_factors_whose_product_fits_are_no_overflow() -> None:
+    """Their own squares do not fit fp32."""
+    state_ = {"m.lora_A": noise(2, 5, seed=1) * 1e-25, "m.lora_B": noise(6, 2, seed=2) * 1e25}
+    same(
+        call("average", [state_, state_]), {"m.lora_A": noise(2, 5, seed=1), "m.lora_B": noise(6, 2, seed=2)}
+    )
 
 
 def test_the_elements_of_pruning() -> None:
@@ -374,6 +495,21 @@ def test_knots_is_the_svd_of_the_concatenation() -> None:
         torch.testing.assert_close(turned, torch.eye(8, dtype=torch.float64), atol=1e-4, rtol=0)
 
 
+def test_knots_of_one_direction_and_of_none() -> None:
+    """Parallel rank-one changes share one direction, which is theirs; zero changes stay zero."""
+    b, a, c = noise(6, 1, seed=1), noise(1, 5, seed=2), noise(1, 5, seed=3)
+    low = [Low(b, a), Low(2 * b, c)]
+    for parts in (low, [p.dense() for p in low]):
+        basis, coordinates = shared_basis(parts)
+        assert basis.shape == (6, 1)
+        torch.testing.assert_close((basis.T @ b).abs(), b.norm().view(1, 1))
+        for p, C in zip(low, coordinates):
+            torch.testing.assert_close(basis @ C, p.dense())
+    for parts in ([Low(0 * b, a), Low(0 * b, c)], [torch.zeros(6, 5)] * 2):
+        basis, coordinates = shared_basis(parts)
+        assert basis.shape == (6, 1) and not any(C.any() for C in coordinates)
+
+
 # -- what is kept ----------------------------------------------------------------------------------------
 
 
@@ -387,6 +523,41 @@ def test_truncation_is_the_best_and_its_error_is_true() -> None:
             float((low.dense() - small.dense()).norm() / low.dense().norm()), rel=1e-4
         )
     assert truncated(low, 6) == (low, 0.0)
+
+
+def test_the_inner_product_is_that_of_the_entries() -> None:
+    a, b = (Low(noise(7, 3, seed=i), noise(3, 5, seed=i + 5)) for i in (1, 2))
+    want = float(np.sum(a.dense().double().numpy() * b.dense().double().numpy()))
+    for x, y in itertools.product((a, a.dense()), (b, b.dense())):
+        assert inner(x, y) == pytest.approx(want, rel=1e-5) == inner(y, x)
+
+
+def test_factors_without_loss_have_the_rank_of_the_matrix() -> None:
+    for rank in (1, 3, 30):
+        D = Low(noise(40, rank, seed=1), noise(rank, 30, seed=2)).dense()
+        assert full(D).rank == rank == int(np.linalg.matrix_rank(D.numpy()))
+        torch.testing.assert_close(full(D).dense(), D, rtol=1e-4, atol=1e-4)
+        assert full(1e6 * D).rank == full(1e-6 * D).rank == rank
+    nothing = full(torch.zeros(40, 30))
+    assert nothing.rank == 1 and not nothing.dense().any()
+
+
+def test_a_large_matrix_is_not_decomposed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from retain.merge import parts
+
+    monkeypatch.setattr(parts, "EXACT", 10)
+    sides, plain = list[int](), torch.linalg.svd
+    monkeypatch.setattr(
+        torch.linalg, "svd", lambda t, **how: (sides.append(min(t.shape)), plain(t, **how))[1]
+    )
+    D = noise(120, 90, seed=5)
+    svd(D, 5)
+    assert sides and max(sides) < 90 / 2
+    U, S, Vh = svd(D, 30)  # a third of what there is: whole, and exact
+    assert sides[-1] == 90
+    want = np.linalg.svd(D.double().numpy(), compute_uv=False)
+    assert S.tolist() == pytest.approx(want[:30].tolist(), rel=1e-5)
+    assert (U.shape, Vh.shape) == ((120, 30), (30, 90)) and len(svd(D)[1]) == 90
 
 
 def test_the_large_decomposition_is_near_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +577,7 @@ def test_results_are_kept_as_asked() -> None:
     states = [state(1), state(2)]
     run = merger("ties").run
     exact = run(states, keep="cat")
-    assert exact.error == 0
+    assert exact.error == 0 == merger("average").run(states).error == run(states, keep="dense").error
     same(exact.state, {k.replace("q.weight", "q"): v for k, v in run(states, keep="dense").state.items()})
     assert run(states, keep="dense").state["layers.0.q.weight"].shape == (12, 10)
     small = run(states, keep="svd", rank=2)
@@ -435,6 +606,33 @@ def test_lorahub_finds_the_weights() -> None:
     assert lorahub(states, [0.5, -0.25], loss=loss, steps=1, space="deltas")[1] == [0.5, -0.25]
     with pytest.raises(RetainError, match="not finite"):
         lorahub(states, loss=lambda s: math.nan, steps=3)
+
+
+def test_lorahub_asks_as_often_as_it_says_and_stays_in_its_box() -> None:
+    """40 evaluations from the base model on (arXiv 2307.13269); what is merged is (sum w B)(sum w A) at every point."""
+    states = [state(1), state(2), state(3)]
+    states[0]["layers.0.q.lora_B"][0] = 0.0
+    asked: list[State] = []
+    weights = lorahub(states, loss=lambda s: asked.append(s) or -float(s["projector.bias"].sum()), l1=0.0)[1]
+    assert len(asked) == 40 and not asked[0]["projector.bias"].any() and max(map(abs, weights)) <= 1.5
+    flat = torch.stack([s["projector.bias"] for s in states], 1)
+    for found in asked:
+        w = torch.linalg.lstsq(flat, found["projector.bias"][:, None]).solution[:, 0]
+        assert w.abs().max() < 1.5 + 1e-4
+        for leaf in ("lora_A", "lora_B"):
+            want = sum(c * s[f"layers.0.q.{leaf}"] for c, s in zip(w, states))
+            torch.testing.assert_close(found[f"layers.0.q.{leaf}"], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"box": 0.0}, {"l1": -0.1}, {"keep": "half"}])
+def test_lorahubs_bounds(bad: dict[str, Any]) -> None:
+    with pytest.raises(RetainError, match="lorahub: steps >= 1, box > 0, l1 >= 0 and keep in"):
+        lorahub([state(1)], loss=lambda s: 0.0, **bad)
+
+
+def test_lorahub_names_the_module_whose_ranks_differ() -> None:
+    with pytest.raises(RetainError, match=r"layers\.0\.q: lorahub in space 'factors' needs .* equal rank"):
+        lorahub([state(1), state(2, rank=3)], loss=lambda s: 0.0)
 
 
 # -- errors ----------------------------------------------------------------------------------------------

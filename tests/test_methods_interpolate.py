@@ -60,6 +60,9 @@ def test_the_point_between_is_numpys() -> None:
     for ratio in (0.0, 0.3, 0.8, 1.0):
         want = (1 - ratio) * a.double().numpy() + ratio * b.double().numpy()
         np.testing.assert_allclose(between(a, b, ratio).numpy(), want, rtol=1e-6, atol=1e-7)
+        short = between(a.bfloat16(), b.bfloat16(), ratio)  # in fp32, whatever the two are
+        want = (1 - ratio) * a.bfloat16().double().numpy() + ratio * b.bfloat16().double().numpy()
+        np.testing.assert_allclose(short.numpy(), want, rtol=1e-6, atol=1e-7)
 
 
 def test_each_task_goes_back_a_part_of_its_way() -> None:
@@ -154,6 +157,31 @@ def test_ties_go_to_the_new_and_tasks_of_other_adapters_do_not_count(monkeypatch
             part.kept = {**part.kept, "elsewhere": list(ctx.task.train[:1])}
             part.trained = {**part.trained, "elsewhere": ["another"]}
     assert events[-1]["ratio"] == 0.7 and part.kept["elsewhere"] not in asked and len(asked) == 3 * 2
+
+
+def test_a_loss_that_is_no_number_ends_the_task_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([1.0, 1.0, float("nan"), 1.0, 1.0, 1.0])
+    monkeypatch.setattr(interpolate, "_loss", lambda ctx, examples: next(values))
+    model, method = FakeModel(), build(["lora", {"interpolate": {"choose": [0.7, 0.2, 0.4], "keep": 2}}])
+    first, second, _ = contexts(model)
+    fit(model, method, first, OPTIM)
+    with pytest.raises(
+        RetainError, match=rf"the loss of task '{second.task.name}' is not finite at ratio 0\.4"
+    ):
+        fit(model, method, second, OPTIM)
+
+
+def test_who_trained_what_is_kept_in_one_order() -> None:
+    """As lists, which a state on disk holds; a task that comes again adds its adapters."""
+    part, model = Interpolate(), FakeModel()
+    for i, name in enumerate("cab"):
+        model.adapters.add(name, torch.Generator().manual_seed(i))
+    for names in (("c", "a"), ("b",)):
+        model.adapters.train_only(*names)
+        ctx = context(model)
+        part.begin_task(ctx)
+        part.end_task(ctx)
+    assert part.trained == {"colour": ["a", "b", "c"]}
 
 
 def test_wrong_fields_are_named() -> None:

@@ -291,6 +291,27 @@ def test_reach_and_the_way_gone_equal_the_formula() -> None:
     assert f"{100 * told['gone']:.0f} % of the way" in told["verdict"] and "reach R" in told["verdict"]
 
 
+def test_a_task_of_two_steps_tells_the_one_rate_it_had() -> None:
+    events: list[dict[str, Any]] = []
+    model, ctx = FakeModel(), context()
+    ctx.model, ctx.log = model, lambda **e: events.append(e)
+    stack = build(["lora", {"llaca": {"first_task": True, "log_every": 1, "kappa": 0.3}}])
+    fit(model, stack, ctx, Optim(lr=1e-2, steps=2, batch_size=4, warmup=0.0))
+    (rates,) = [e for e in events if e["kind"] == "rates"]
+    told = told_of_task(events)
+    for kind, group in rates["groups"].items():
+        for word in ("min", "median", "max", "fallback"):
+            assert told["groups"][kind][word] == pytest.approx(group[word], rel=1e-5), (kind, word)
+
+
+def test_the_verdict_of_a_task_starts_from_the_kappa_that_was_set() -> None:
+    for kappa in (None, 50.0):
+        told = told_of_task(trajectory("official", kappa=kappa, fallback=1.0)[2])
+        assert told["gone"] > 0.9 and told["reach"] > 1
+        near = f"kappa near {(kappa or 2.0) * 0.5 / told['reach']:.2g} would give"
+        assert near in told["verdict"]
+
+
 def test_with_little_reach_the_average_ends_about_that_share_of_the_way() -> None:
     """The point of R: it foretells how far the average comes, whatever kappa is."""
     for kappa in (2e-4, 8e-4):
@@ -452,11 +473,34 @@ def test_a_bf16_average_is_kept_and_rounds_as_released() -> None:
         not torch.equal(p, q)
         for p, q in zip(model.adapters.trainable().values(), full.adapters.trainable().values(), strict=True)
     )
-    average, theta = torch.tensor([1.0]).bfloat16(), torch.tensor([1.5])
-    _llaca.towards(average, theta, torch.tensor(0.01))
-    a = np.float32(0.99)  # (1 - alpha) E and alpha p are rounded to eight bits, then their sum
-    want = (torch.tensor(a * 1.0).bfloat16() + torch.tensor(0.015).bfloat16()).item()
-    assert average.item() == want
+
+    def eight_bits(x: np.ndarray) -> np.ndarray:
+        """To the nearest bfloat16, ties to even, by the bits."""
+        bits = x.astype(np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+    for alpha in (0.01, 0.3, 0.9):  # (1 - alpha) E and alpha p are rounded to eight bits, then their sum
+        E, p = (eight_bits(np.random.default_rng(i).normal(size=200)) for i in (1, 2))
+        average, a = torch.tensor(E).bfloat16(), np.float32(alpha)
+        _llaca.towards(average, torch.tensor(p), torch.tensor(a))
+        want = eight_bits(eight_bits((1 - a) * E) + eight_bits(p * a))
+        assert average.tolist() == want.tolist() and (want != E).any()
+
+
+def test_the_cpu_route_is_for_fp32_in_one_piece_on_the_cpu() -> None:
+    five = Five(*(torch.randn(3, 4) for _ in range(4)), None)
+    assert five.on_cpu() and five._replace(last_theta=torch.randn(3, 4)).on_cpu()
+    for name in Five._fields:
+        for other in (torch.randn(3, 4).bfloat16(), torch.randn(4, 3).t(), torch.randn(3, 4, device="meta")):
+            assert not five._replace(**{name: other}).on_cpu(), name
+
+
+def test_groups_are_bounded_and_keep_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerators work on at a time: as many tensors as fit, a larger one alone."""
+    monkeypatch.setattr(_llaca, "GROUP", 10)
+    fives = [Five(*[torch.zeros(n)] * 4, None) for n in (4, 4, 4, 12, 3, 7, 1, 10, 30)]
+    found = [[f.theta.numel() for f in group] for group in _llaca._grouped(fives)]
+    assert found == [[4, 4], [4], [12], [3, 7], [1], [10], [30]]
 
 
 # -- what was there before ------------------------------------------------------------------------------------------

@@ -262,6 +262,18 @@ def test_a_sketch_is_bounded_and_as_good_as_the_rows(
         assert angle > (1 - 1e-6 if exact else 0.99)
 
 
+def test_a_sketch_loses_nothing_up_to_512_columns() -> None:
+    """More rows than are kept at a time; what the documentation promises of GPM's memory."""
+    rows = noise(1100, 512, seed=4)
+    sketch = Sketch(torch.zeros(512, 0))
+    sketch.add(rows)
+    assert len(sketch.rest_ND) <= 1024 and sketch.dropped == 0
+    torch.testing.assert_close(sketch.rest_ND.T @ sketch.rest_ND, rows.T @ rows, rtol=0, atol=2e-3)
+    wide = Sketch(torch.zeros(600, 0))
+    wide.add(noise(1100, 600, seed=4))
+    assert wide.dropped > 0  # and says where it does
+
+
 # -- gradient projection memory --------------------------------------------------------------------------
 
 
@@ -327,6 +339,7 @@ def test_what_the_memory_spans_is_answered_as_before(decay: float, factors: str)
     how = Optim(lr=2e-2, steps=15, batch_size=4, warmup=0.0, weight_decay=decay)
     fit(model, method, context(model, "colour"), how)
     assert part.memory and not part.guards
+    assert any(key.endswith(".lora_B") for key in part.memory) == (factors == "both")
     sites = model.adapters.sites
     inputs = {
         p: noise(9, part.memory[f"lora/{p}"].shape[1], seed=1) @ part.memory[f"lora/{p}"].T for p in sites

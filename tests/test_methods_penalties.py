@@ -7,6 +7,7 @@ import torch
 
 from fake_model import FakeModel, context, stream
 from reference import penalties as reference
+from retain.adapters.bank import Mix
 from retain.method import Stack, build
 from retain.methods.ema import Ema
 from retain.methods.ewc import EWC, Springs, add_spring
@@ -66,6 +67,31 @@ def test_fisher_is_the_mean_of_squared_gradients(per_sample: bool, size: int) ->
         torch.testing.assert_close(part.fisher[k], want[k], rtol=1e-4, atol=1e-9)
         assert torch.equal(part.anchor[k], p.detach())
     assert max(float(F.max()) for F in part.fisher.values()) > 0
+    again, ctx = EWC(n_samples=24, per_sample=per_sample), context(model)
+    ctx.micro_size = 3  # batches of four are three and one
+    again.end_task(ctx)
+    for k in live:
+        torch.testing.assert_close(again.fisher[k], part.fisher[k], rtol=1e-4, atol=1e-9)
+
+
+def test_an_adapter_that_no_sample_uses_has_no_stiffness() -> None:
+    model, part = FakeModel(), EWC(n_samples=3)
+    for i, name in enumerate(("lora", "aside")):
+        model.adapters.add(name, torch.Generator().manual_seed(i))
+    model.adapters.train_only("lora", "aside")
+    model.adapters.mix = Mix({"lora": 1.0})
+    part.end_task(context(model))
+    assert any(F.any() for k, F in part.fisher.items() if k.startswith("lora/"))
+    aside = [F for k, F in part.fisher.items() if k.startswith("aside/")]
+    assert aside and not any(F.any() for F in aside)
+
+
+def test_what_was_kept_follows_the_model_to_its_device() -> None:
+    model, part = fitted(EWC(n_samples=2), 1)
+    model.device = torch.device("meta")
+    part.begin_task(context(model))
+    kept = [*part.fisher.values(), *part.anchor.values()]
+    assert kept and all(t.device.type == "meta" for t in kept)
 
 
 def test_ewc_holds_important_weights() -> None:
@@ -120,6 +146,18 @@ def test_the_teacher_is_the_model_before_the_task() -> None:
     assert model.training and model.adapters.mix.names == ["lora"]
     part.end_task(ctx)
     assert model.adapters.names == ["lora"] and part.teacher == {}
+
+
+def test_lwf_of_no_weight_keeps_no_copy() -> None:
+    model, ctx = FakeModel(), context(None, "letter", ["colour"])
+    ctx.model = model
+    model.adapters.mix = build("lora").adapt(ctx)
+    names = list(model.adapters.names)
+    for weight in (0.0, 0.5):
+        part = LwF(weight=weight)
+        part.begin_task(ctx)
+        assert bool(part.teacher) == (model.adapters.names != names) == (weight > 0)
+    assert LwF.asks_before  # or a route that moves would be distilled from other weights than answered before
 
 
 def test_lwf_has_no_teacher_in_the_first_task() -> None:

@@ -18,9 +18,9 @@ from scipy import stats
 from limits import CPU
 from retain.metrics import AccuracyMatrix, aggregate, compare_runs, compare_seeds, holm
 from retain.metrics import render as show
-from retain.metrics.compare import _swap_cells, paired_t, permutation_p
-from retain.metrics.formulas import DEFINITIONS
-from retain.metrics.intervals import best_row
+from retain.metrics.compare import Comparison, _swap_cells, paired_t, permutation_p
+from retain.metrics.formulas import DEFINITIONS, Metric
+from retain.metrics.intervals import Shares, best_row, interval
 from retain.metrics.matrix import spread
 from retain.types import RetainError
 
@@ -408,6 +408,42 @@ def test_the_best_row_by_hand() -> None:
     assert list(best_row(np.array([[3.0], [5.0]])).low) == [5]
 
 
+def test_the_difference_of_two_runs_has_the_paired_interval_of_scipy() -> None:
+    rng = np.random.default_rng(2)
+    a, b = rng.uniform(40, 60, 12), rng.uniform(30, 70, 12)
+    runs = [AccuracyMatrix.empty(["a"]).with_row(1, {"a": list(z)}) for z in (a, b)]
+    got = compare_runs(*runs, np.random.default_rng(0), 10)[0]
+    want = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert got.name == "Last" and (got.low, got.high) == pytest.approx((want.low, want.high))
+
+
+def test_the_lowest_of_one_run_meets_the_highest_of_the_other() -> None:
+    one = Shares(*(np.array(z) for z in ([3.0, 5.0], [1.0, 2.0], [6.0, 9.0])))
+    two = Shares(*(np.array(z) for z in ([1.0, 1.0], [0.0, 1.0], [2.0, 4.0])))
+    assert [list(z) for z in one.minus(two)] == [[2, 4], [-1, -2], [6, 8]]
+    assert [list(z) for z in one.minus(Shares(*(z.copy() for z in one)))] == [[0, 0]] * 3
+    near = Shares(one.held, one.low - 1, one.high)  # equal in what counts, and yet not the same answers
+    assert [list(z) for z in one.minus(near)] == [[0, 0], [-5, -7], [6, 8]]
+
+
+def test_the_outer_ends_are_those_of_the_lowest_and_the_highest() -> None:
+    """Each end has its own Welch interval, also where one task of two has one row only. scipy: mean a - mean (-b)."""
+    rng = np.random.default_rng(3)
+    a, b = rng.uniform(0, 9, 6), rng.uniform(0, 30, 5)
+    low, high = b - rng.uniform(5, 9, 5), b + rng.uniform(5, 9, 5)
+
+    def welch(z: np.ndarray) -> stats.ConfidenceInterval:
+        return stats.ttest_ind(a, -z, equal_var=False).confidence_interval(0.9)
+
+    value = float(a.mean() + b.mean())
+    for its_low, its_high in ((low, b), (b, high), (low, high)):
+        want = (welch(its_low).low, welch(its_high).high)
+        assert interval(value, [Shares(a, a, a), Shares(b, its_low, its_high)], 0.9) == pytest.approx(want)
+    steep = b / 10 - 1  # lower, and so sure that the held end is the lower one
+    want = (min(welch(b).low, welch(steep).low), max(welch(b).high, welch(steep).high))
+    assert interval(value, [Shares(a, a, a), Shares(b, steep, steep)], 0.9) == pytest.approx(want)
+
+
 def test_an_interval_stays_in_what_the_scores_can_be() -> None:
     few = AccuracyMatrix.empty(["a"]).with_row(1, {"a": [100.0, 100.0, 100.0, 0.0]})
     assert few.metric("Last").high == 100 and few.metric("Last").low == 0
@@ -678,6 +714,32 @@ def test_text_is_plain_when_it_is_not_a_terminal() -> None:
     terminal = io.StringIO()
     show.show(show.metric_rows(m.metrics()), console=Console(file=terminal, force_terminal=True, width=120))
     assert "\u2502" in terminal.getvalue() and "mean_j A[T,j]" in terminal.getvalue()
+
+
+def test_tables_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        show.interval(1, 2.345) == "[1.00, 2.35]" and show.interval(None, 2) == show.interval(1, None) == ""
+    )
+    made = [Metric("Last", 50.0, "mean", 40.0, 61.0), Metric("BWT", None, "sum", reason="one task")]
+    assert show.metric_rows(made)[1:] == [
+        ["Last", "50.00", "[40.00, 61.00]", "mean"],
+        ["BWT", "", "", "one task"],
+    ]
+    both = [
+        Comparison("Last", 1.5, -1.0, 4.0, 0.01234, 0.05, 9, "permutation"),
+        Comparison("BWT", None, reason="no samples"),
+    ]
+    assert show.comparison_rows(both)[1:] == [
+        ["Last", "1.50", "[-1.00, 4.00]", "0.0123", "0.0500", "permutation"], ["BWT", "", "", "", "", "no samples"],
+    ]  # fmt: skip
+    show.show([["name", "of"], ["a", "word"]], "Title")
+    assert capsys.readouterr().out == "Title\nname  of\na     word\n"  # words to the left
+    show.show([["name"], ["[b]a"]])
+    assert capsys.readouterr().out == "name\n[b]a\n"
+    assert show.plain([["name", "n"]]) == "name  n" and show.table([["name", "n"]]).row_count == 0
+    terminal = io.StringIO()
+    show.show([["name"], ["a"]], "Title", Console(file=terminal, force_terminal=True, width=40))
+    assert "Title" in terminal.getvalue()
 
 
 def test_every_table_renders() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -82,6 +83,22 @@ def test_wide_layers_choose_by_what_tuning_changed(code: bool, sign: int) -> Non
     want = torch.tensor(reference.model_tailor(W0.tolist(), W1.tolist(), x.tolist(), code=code, **how))
     assert ((got == W0) == (want == W0)).all()
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
+def test_the_factor_of_nearly_dependent_columns_is_numpys() -> None:
+    """Of condition 10^5: in fp32 a decomposition would be off by a hundredth."""
+    rng = torch.Generator().manual_seed(1)
+    H = moments(torch.randn(200, 3, generator=rng) @ torch.randn(3, 40, generator=rng))
+    H = (H + H.T) / 2
+    damped = H.clone()
+    damped.diagonal().add_(1e-4 * H.diagonal().mean())
+    want = np.linalg.cholesky(np.linalg.inv(damped.double().numpy())).T  # upper, U^T U = H^-1
+    np.testing.assert_allclose(factor(H, 1e-4).numpy(), want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_inputs_are_a_matrix() -> None:
+    with pytest.raises(RetainError, match=r"inputs \(N, I\) are needed, not \(2, 5, 4\)"):
+        model_tailor(torch.zeros(3, 4), torch.ones(3, 4), torch.zeros(2, 5, 4))
 
 
 def test_bad_input_is_named() -> None:

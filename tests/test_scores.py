@@ -469,6 +469,13 @@ def test_mm_mergebench_is_scored_by_its_own_scripts() -> None:
     assert {part.strict for part in (*SEEN.values(), *UNSEEN.values())} | set(own.values()) <= set(SCORES)
 
 
+def test_without_an_answer_the_first_reference_is_the_key() -> None:
+    """The original has one field; a row of ours may have references alone."""
+    question = (Message("user", "What?"), Message("assistant", ""))
+    row = Example("1", question, references=("B", "C"))
+    assert [one("compat_scienceqa", letter, row) for letter in "BC"] == [100, 0]
+
+
 def test_compat_grounding_loses_the_last_digit() -> None:
     gold = ex("[0.0, 0.0, 1.0, 1.0]")
     assert one("iou", "[0.0, 0.0, 1.0, 0.58]", gold) == 100

@@ -174,8 +174,8 @@ def test_parts_without_a_role_stay_where_they_are() -> None:
 
 def test_a_misspelt_role_is_refused_when_a_method_is_registered() -> None:
     for roles, told in (
-        ({"end_tsk": "reads"}, "'end_tsk' is unknown; did you mean 'end_task'"),
-        ({"end_task": "read"}, "'read' is unknown; did you mean 'reads'"),
+        ({"end_tsk": "reads"}, "roles: 'end_tsk' is unknown; did you mean 'end_task'"),
+        ({"end_task": "read"}, r"roles\['end_task'\]: 'read' is unknown; did you mean 'reads'"),
         ({"loss": "reads"}, "'loss' is unknown"),
     ):
 

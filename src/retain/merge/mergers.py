@@ -386,9 +386,15 @@ def fisher(
     """
     if len(fishers) != len(parts):
         raise RetainError(f"fisher: {len(fishers)} Fishers for {len(parts)} adapters")
-    if all(isinstance(f, Low) for f in fishers) and all(isinstance(p, Low) for p in parts):
+    if all(isinstance(x, Low) for x in (*parts, *fishers)):
         A = _precise([p.A for p in parts], weights, [f.A for f in fishers])  # type: ignore[union-attr]
         return Low(_precise([p.B for p in parts], weights, [f.B for f in fishers]) * lam, A)  # type: ignore[union-attr]
+    for n, f in enumerate(fishers, 1):
+        if isinstance(f, Low):  # the product of two factors' Fishers is no Fisher of their product
+            raise RetainError(
+                f"fisher: the Fisher of adapter {n} is of factors, but a change or another Fisher here is dense; "
+                "give all of them for the dense change, as path.weight"
+            )
     return scaled(_precise([dense(p) for p in parts], weights, [dense(f) for f in fishers]), lam)
 
 

@@ -83,7 +83,7 @@ class EWC(Method):
             store.update({k: t.to(ctx.model.device) for k, t in store.items()})
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Tensor | float:
-        if not self.lam or not self.fisher:
+        if not self.lam:
             return 0.0
         held = {k: p for k, p in ctx.model.adapters.trainable().items() if k in self.fisher}
         if not held:

@@ -46,6 +46,7 @@ WRONG = words_of(
 GOOD = words_of(
     "correct right true answer answers it possible valid so match fit work apply hold be one solution"
 )
+REFUSALS, ARTICLES = words_of("not never cannot"), words_of("a an the")
 COPULA = words_of("is are was were be been am looks seems appears being isn't aren't wasn't weren't not")
 SAYING = COPULA | words_of(
     "will would can could should may might must do does did think believe guess choose pick select say go know chose"
@@ -219,10 +220,12 @@ def _joined(lead: str, left: str, right: str, pieces: Sequence[str]) -> bool:
 
 
 def _judged(clauses: list[_Clause]) -> list[_Clause]:
-    """A clause that only says "wrong" speaks of the one before it ("A: wrong", "A (incorrect)")."""
+    """A clause that only says "wrong" or "not right" speaks of the one before it ("A: wrong", "A (not correct)")."""
     out: list[_Clause] = []
     for clause in clauses:
-        verdict = not clause.marks and any(t in WRONG for t in clause.tokens)
+        verdict = not clause.marks and (
+            any(t in WRONG for t in clause.tokens) or _refuses(clause, clauses[-1])
+        )
         if verdict and out and out[-1].marks and clause.lead in (":", "(", "-", ",", "\u2013", "\u2014") and all(
             map(_empty, clause.tokens)
         ):  # fmt: skip
@@ -230,6 +233,13 @@ def _judged(clauses: list[_Clause]) -> list[_Clause]:
         else:
             out.append(clause)
     return out
+
+
+def _refuses(clause: _Clause, last: _Clause) -> bool:
+    """ "not right", "definitely not": a negation of nothing but being the answer; no "isn't it", no "not because …"."""
+    at = next((i for i, t in enumerate(clause.tokens) if t in REFUSALS), None)
+    rest = clause.tokens[at + 1 :] if at is not None else ["x"]
+    return all(t in GOOD or t in ARTICLES for t in rest) and (bool(rest) or clause is last)
 
 
 def _denials(clause: _Clause) -> list[tuple[int, bool]]:
@@ -256,7 +266,7 @@ def _wrongs(tokens: Sequence[str]) -> int:
     count = 0
     for i, token in enumerate(tokens):
         before, after = (tokens[i - 1] if i else ""), (tokens[i + 1] if i + 1 < len(tokens) else "")
-        called = before in COPULA or _negates(before) or _is_mark(before) or (not before and not after)
+        called = before in COPULA or _negates(before) or _is_mark(before)
         called = called or after in COPULA or after in ("answer", "option", "choice", "one", "letter")
         count += token in WRONG and called
     return count

@@ -134,7 +134,7 @@ def _digits(match: re.Match[str]) -> str:
             if part and joins and part < SCALES[word]:
                 total, part = (total, part * 100) if word == "hundred" else (total + part * SCALES[word], 0)
             else:
-                out += f"{_plain(total + part)}{gap}" if total or part or room else ""
+                out += f"{_plain(total + part)}{gap}" if room else ""
                 total, part = (0, 100) if word == "hundred" else (SCALES[word], 0)
             room = SCALES[word]
         elif joins and 0 < value < room:
