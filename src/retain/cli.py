@@ -182,15 +182,14 @@ def run(
 ) -> None:
     """Learn a stream with a method. After a crash the same command continues."""
     from retain import config
-    from retain.commands.run import start
+    from retain.commands.run import start, tables
     from retain.metrics import render
 
     r = config.load(recipe, overrides or [])
     matrix, main_process = start(r, quiet=quiet, stop=signals.patience)
     if main_process:
-        about = f"{r.out}: score on each task (columns) after each stage (rows)"
-        render.show(render.matrix_rows(matrix), about)
-        render.show(render.metric_rows(matrix.metrics()))
+        for rows, title in tables(r, matrix):
+            render.show(rows, title)
         typer.echo(f"next: retain report {r.out} --open")
 
 

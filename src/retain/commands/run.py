@@ -9,8 +9,11 @@ from retain.assemble import build_method, build_model, build_stream, build_train
 from retain.commands import plan
 from retain.config import Recipe
 from retain.method import Method
-from retain.metrics import AccuracyMatrix
+from retain.metrics import AccuracyMatrix, render
+from retain.metrics.stages import last_and_avg
 from retain.models.base import Model, Turns
+from retain.report.federated import SO_FAR, stage_rows, staged, stages_of
+from retain.report.load import load_run
 from retain.run import continual
 from retain.run.engine import Engine, out_of_memory
 from retain.run.progress import Progress
@@ -48,6 +51,22 @@ def start(
         raise RetainError(
             f"{recipe.path}: out of memory{said and f' ({said})'}; {estimated(recipe)}"
         ) from error
+
+
+def tables(recipe: Recipe, matrix: AccuracyMatrix) -> list[tuple[list[list[str]], str]]:
+    """What a finished run shows in a terminal: rows and a title each.
+
+    Where stages are not the stream's tasks one by one, the rows are stages, and the last column is their mean.
+    """
+    about = f"{recipe.out}: score on each task (columns) after each stage (rows)"
+    first = render.matrix_rows(matrix)
+    if recipe.federated and staged(run := load_run(recipe.out)):
+        last, avg = last_and_avg(stages_of(run))
+        first, about = stage_rows(run), f"{about}; over the tasks seen so far Last {last:.2f}, Avg {avg:.2f}"
+    known = (
+        [m for m in matrix.metrics() if m.value is not None] if first[0][-1] == SO_FAR else matrix.metrics()
+    )
+    return [(first, about), (render.metric_rows(known), "")]
 
 
 def estimated(recipe: Recipe) -> str:

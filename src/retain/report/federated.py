@@ -8,13 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from retain.files import parse_json
+from retain.metrics.intervals import Array
 from retain.metrics.stages import StageScore, last_and_avg, stage_scores
 from retain.report.load import Run, load_runs
 from retain.report.summary import size
 from retain.types import RetainError
 
 View = dict[str, Any]
+SO_FAR = "seen so far"
 
 
 def is_federated(run: Run) -> bool:
@@ -34,6 +38,36 @@ def stages_of(run: Run) -> list[StageScore]:
         for row in rows
     ]
     return stage_scores([row.task for row in rows], [row.folder.learned for row in rows], scores)
+
+
+def staged(run: Run) -> bool:
+    """Whether the stages are not the stream's tasks one by one, so that the matrix has no place for their rows."""
+    done = [
+        n for n, row in enumerate(run.learned, 1) if len(row.folder.learned) == n and row.task in run.tasks
+    ]
+    return is_federated(run) and len(done) < len(run.learned)
+
+
+def stage_matrix(run: Run) -> tuple[list[str], Array]:
+    """Scores of every task (columns, as `run.tasks`) before the first stage and after each: names, and (S + 1, T)."""
+    rows = [row for row in run.rows if row.done]
+    values = np.full((len(rows), len(run.tasks)), np.nan)
+    for i, row in enumerate(rows):
+        for j, task in enumerate(run.tasks):
+            if found := row.predictions(task):
+                values[i, j] = sum(float(p["score"]) for p in found) / len(found)
+    return [row.label for row in rows], values
+
+
+def stage_rows(run: Run) -> list[list[str]]:
+    """For a terminal: every task after every stage, and the mean of the tasks seen so far."""
+    names, values = stage_matrix(run)
+    means = ["", *(f"{s.mean:.2f}" for s in stages_of(run))]
+    body = [
+        [name, *("" if np.isnan(v) else f"{v:.2f}" for v in row), mean]
+        for name, row, mean in zip(names, values, means, strict=True)
+    ]
+    return [["after", *run.tasks, SO_FAR], *body]
 
 
 def federated_view(run: Run) -> View | None:

@@ -72,7 +72,7 @@ def _one(run: Run) -> str:
 
 def _complete(view: View) -> View:
     """Every key that the templates ask for."""
-    return {"heat": None, "curves": [], "bars": [], "gains": False, **view}
+    return {"heat": None, "heat_words": "", "curves": [], "bars": [], "gains": False, **view}
 
 
 def _several(runs: Sequence[Run]) -> str:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from retain.metrics.intervals import Array
 from retain.report import figures, samples, summary
-from retain.report.federated import federated_view
+from retain.report.federated import federated_view, stage_matrix, staged
 from retain.report.figures import Axis, Line
 from retain.report.load import Group, Run
 from retain.report.training import Points, Training, smooth, thin, training
@@ -40,9 +40,17 @@ def run_view(run: Run) -> View:
     if run.matrix is not None:
         m = run.matrix
         view["heat"] = heat(m.rows[: m.done + 1], m.tasks, m.unseen, m.values[: m.done + 1])
+        view["heat_words"] = "Each row is the model after one more task, each column a test set."
         view["curves"] = curves(run)
         view["bars"] = bars(run)
         view["gains"] = any(bar["change"] > 0 for bar in view["bars"])
+    if staged(run):
+        names, values = stage_matrix(run)
+        view["heat"] = heat(names, run.tasks, (), values)
+        for row in view["heat"]["rows"]:
+            row["cells"] = [{**cell, "kind": "after"} for cell in row["cells"]]
+        view["heat_words"] = "Each row is the model after one more stage, each column a test set."
+        view |= {"curves": [], "bars": [], "metrics": [m for m in view["metrics"] if m.value is not None]}
     view["federated"] = federated_view(run)
     view["published"] = summary.beside_published([Group(run.label, (run,))])
     view["forgotten"] = samples.forgotten(run)
