@@ -39,7 +39,7 @@ from retain.run.sound import broken
 from retain.run.states import packed, unpacked
 from retain.run.store import empty
 from retain.run.train import Checkpoints, FitStats, Optim, Tuned
-from retain.signals import Stop, Stopped
+from retain.signals import Stop
 from retain.stream import Stream, Task
 from retain.types import Joined, RetainError
 
@@ -122,13 +122,16 @@ class Federation:
         tuned: Tuned | None = None,
         stop: Stop | None = None,
     ) -> FitStats:
-        """All rounds of one stage; leaves bank and method as after the task."""
+        """All rounds of one stage; leaves bank and method as after the task.
+
+        A whole round is saved, and nothing within one: `optim.checkpoint_every`, `tuned` and `stop` do not act here.
+        """
         engine = engine or Engine()
         half = self.server.client(method)
         stage = StageRun(
             self, model, method, half, ctx, self.connect(model, half, optim, engine), checkpoints
         )
-        return stage.run(on_step, stop)
+        return stage.run(on_step)
 
 
 @dataclass
@@ -149,7 +152,7 @@ class StageRun:
         default_factory=dict
     )  # who answered in this stage, and with which units
 
-    def run(self, on_step: Callable[[int, float], None], stop: Stop | None) -> RoundStats:
+    def run(self, on_step: Callable[[int, float], None]) -> RoundStats:
         """The rounds, then the stage's end."""
         fed, ctx, started = self.fed, self.ctx, time.perf_counter()
         names = [s.name for s in fed.split.stages]
@@ -166,8 +169,6 @@ class StageRun:
             if self.checkpoints:
                 self.checkpoints.save(self._snapshot(state, r + 1))
             on_step(self.stats.steps, loss)
-            if stop is not None and stop() and self.checkpoints:
-                raise Stopped(f"round {r + 1} of {fed.spec.rounds} of stage {ctx.task.name!r} is saved")
         self._end(state)
         self.stats.seconds = time.perf_counter() - started
         self.stats.peak_memory_bytes = max(self.stats.peak_memory_bytes, peak_memory(self.model.device))
