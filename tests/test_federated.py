@@ -6,8 +6,9 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from retain.federated import server as servers
 from retain.federated.local import Tamper, federation
 from retain.federated.message import Message
 from retain.federated.spec import FederatedSpec
-from retain.method import Context, build
+from retain.method import REGISTRY, Context, Method, build
 from retain.metrics.stages import last_and_avg
 from retain.report.federated import stages_of
 from retain.report.html import write_report
@@ -317,6 +318,33 @@ def test_a_method_without_a_federated_form_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RetainError, match="serves the method 'disco'"):
         go(tmp_path / "run", "lora", server="disco")
     assert not (tmp_path / "run" / "rows").exists()
+
+
+@dataclass
+class Shrinks(Method):
+    """Changes the final weights, without state."""
+
+    name: ClassVar[str] = "shrinks"
+
+    def end_task(self, ctx: Context) -> None:
+        for p in ctx.model.adapters.trainable().values():
+            p.data.mul_(0.5)
+
+
+def test_weights_that_end_task_changes_are_not_lost_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REGISTRY, "shrinks", Shrinks)
+    with pytest.raises(RetainError, match="no client answered at its end"):
+        go(tmp_path / "run", ["lora", "shrinks"])
+    (why, *_) = {e["why"] for e in events(RunDir.read(tmp_path / "run"), "client_left_out")}
+    assert "end_task changes adapters" in why
+    monkeypatch.setattr(Shrinks, "ends_alone", True)
+    halved, whole = (
+        last(go(tmp_path / "alone", ["lora", "shrinks"], rounds=1)),
+        last(go(tmp_path / "lora", rounds=1)),
+    )
+    assert not torch.equal(halved["lora"]["projector.weight"], whole["lora"]["projector.weight"])
 
 
 def test_no_example_leaves_a_client(tmp_path: Path) -> None:

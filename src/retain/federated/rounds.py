@@ -247,7 +247,7 @@ class StageRun:
             weights.append(float(sum(self._n(client, u) for u in self.met[client])))
         if not states:
             raise RetainError(
-                f"stage {self.ctx.task.name!r}: no client answered at its end; start the run again to go on"
+                f"stage {self.ctx.task.name!r}: no client answered at its end ({self.last}); start the run again to go on"
             )
         self._own()
         fed.server.deploy(state, self.ctx, self.method)

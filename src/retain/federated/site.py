@@ -167,7 +167,13 @@ class Site:
         ctx = self._context(call)
         part, bank = self._begin(call), self.model.adapters
         bank.mix = self.method.adapt(ctx)
+        before = {n: digest(bank.state(n)) for n in bank.names}
         self.method.end_task(ctx)
+        if before != {n: digest(bank.state(n)) for n in bank.names}:
+            raise RetainError(
+                f"method {self.method.name!r}: end_task changes adapters, which is lost on a client; a method that needs no "
+                "data for it says ends_alone = True, and the server does it"
+            )
         told, _ = self.method.parted(self.method.state_dict())
         skeleton, tensors = packed(told, self.method.name)
         self._keep(call, part)
