@@ -42,6 +42,9 @@ def one(name: str, text: str, answer: str, *references: str, **meta: object) -> 
         ("@ incorrect, @ correct", "-+"), ("@, certainly", "+"), ("@ (not wrong)", "+"),
         ("@ (not correct), @ (correct)", "-+"), ("@: not right. @: right", "-+"), ("@, definitely not", "-"),
         ("@ - not it", "-"), ("@, not sure", "+"), ("@, isn't it", "+"), ("@, not because it is red", "+"),
+        ("@ (certainly wrong)", "-"), ("@ is definitely wrong", "-"),
+        ("@ is clearly incorrect, so @", "-+"), ("@ is definitely not wrong", "+"), ("@ (totally wrong)", "-"),
+        ("no @ or @", "--"), ("@ is not certainly wrong", "+"),
     ],
 )  # fmt: skip
 def test_who_is_asserted(text: str, want: str) -> None:

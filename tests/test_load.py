@@ -367,7 +367,7 @@ def eager(model: Any, examples: Any, rng: torch.Generator, optim: Optim, n_steps
 
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize(
-    "how", [{"steps": 1}, {"steps": 37}, {"epochs": 0.3}, {"epochs": 2.7}, {"epochs": 1.0}]
+    "how", [{"steps": 1}, {"steps": 37}, {"epochs": 0.3}, {"epochs": 0.5}, {"epochs": 2.7}, {"epochs": 1.0}]
 )
 def test_the_order_is_what_it_was(how: dict[str, Any], grouped: bool) -> None:
     m, s = FakeModel(), fake_stream(50)

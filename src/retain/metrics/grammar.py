@@ -52,12 +52,16 @@ SAYING = COPULA | words_of(
     "will would can could should may might must do does did think believe guess choose pick select say go know chose"
 )
 VERBS = SAYING | words_of("has have had shows show depicts depict contains contain see sees matches means")
+ADVERBS = words_of(
+    "certainly definitely clearly surely obviously actually really just only also probably simply very quite totally",
+    "completely entirely absolutely plainly still always",
+)
 HEDGES = words_of("could might may maybe perhaps possibly either")
 ONLY_IF = words_of("if whether unless")
 JOINS = words_of("and or nor & /")
 ENDS_PHRASE = words_of("on in at with by near next to from beside behind under over and or but") | COPULA
 FRAME = (
-    SAYING | HEDGES | NOT | WRONG | GOOD | JOINS
+    SAYING | HEDGES | ADVERBS | NOT | WRONG | GOOD | JOINS
     | words_of(
         "a an the i we you he she it its this that these my our your i'd i'll i'm it's that's he's",
         "option options choice choices letter response result key best final most likely probable appropriate accurate",
@@ -263,12 +267,12 @@ def _denials(clause: _Clause) -> list[tuple[int, bool]]:
 
 def _wrongs(tokens: Sequence[str]) -> int:
     """How often a clause calls something wrong: as a predicate, or of an answer."""
-    count = 0
-    for i, token in enumerate(tokens):
-        before, after = (tokens[i - 1] if i else ""), (tokens[i + 1] if i + 1 < len(tokens) else "")
+    count, before = 0, ""  # the last word that is no adverb: "is certainly wrong"
+    for token, after in zip(tokens, [*tokens[1:], ""], strict=True):
         called = before in COPULA or _negates(before) or _is_mark(before)
         called = called or after in COPULA or after in ("answer", "option", "choice", "one", "letter")
         count += token in WRONG and called
+        before = before if token in ADVERBS else token
     return count
 
 
