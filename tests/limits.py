@@ -6,6 +6,8 @@ Nothing else in the tests depends on a clock. A limit only ends what hangs; what
 from __future__ import annotations
 
 import subprocess
+import time
+from collections.abc import Callable
 from typing import Any
 
 LAUNCH = 600
@@ -28,6 +30,15 @@ CASE = 120
 
 CASE_CPU = 30
 """Seconds of computing for one case of `fuzz`: what grows without bound is ended."""
+
+
+def until(there: Callable[[], bool], limit: int, name: str, said: Callable[[], object]) -> None:
+    """Wait until something is there; a test that waited longer than `limits.<name>` fails with what `said` tells."""
+    end = time.monotonic() + limit
+    while not there():
+        if time.monotonic() > end:
+            raise AssertionError(f"limits.{name}: {limit} s are over: {said()!r}")
+        time.sleep(0.2)
 
 
 def finished(

@@ -11,7 +11,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -150,14 +149,16 @@ class Loop:
 
     def until(self, what: str, there: Callable[[], bool], *alive: str) -> None:
         """Wait; a child that ends meanwhile, or too long a wait, fails with what was said."""
-        end = time.monotonic() + limits.FEDERATION
-        while not there():
+
+        def done() -> bool:
+            if there():
+                return True
             dead = [n for n in alive if self.children[n].poll() is not None]
             assert not dead, f"{dead[0]} ended: {self.log(dead[0])[-3000:]}"
-            assert time.monotonic() < end, (
-                f"limits.FEDERATION: {what}: {[self.log(n)[-1000:] for n in self.children]}"
-            )
-            time.sleep(0.2)
+            return False
+
+        said = lambda: (what, [self.log(n)[-1000:] for n in self.children])  # noqa: E731
+        limits.until(done, limits.FEDERATION, "FEDERATION", said)
 
     def kill(self, name: str, how: int = signal.SIGKILL) -> None:
         """A process with all that it started."""

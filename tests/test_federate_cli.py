@@ -11,7 +11,6 @@ import socket
 import ssl
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+import limits
 
 pytest.importorskip("flwr", reason="the extra `federated` is not installed")
 
@@ -310,11 +311,7 @@ def test_a_node_that_is_not_let_in_ends_with_its_reason(
     )
     assert "Starting Flower SuperNode" in capfd.readouterr().out
     helper = int((tmp_path / "pid").read_text())
-    for _ in range(100):
-        if not _lives(helper):
-            break
-        time.sleep(0.1)
-    assert not _lives(helper)
+    limits.until(lambda: not _lives(helper), limits.CASE, "CASE", lambda: "the helper of the node lives on")
 
 
 def _lives(pid: int) -> bool:

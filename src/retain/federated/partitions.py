@@ -18,7 +18,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image as PILImage
 
 from retain.data import read as reading
 from retain.data.picture import opened
@@ -263,7 +262,7 @@ def _taker(part: Path, k: int, stem: str, root: Path | None) -> Callable[[Exampl
         if isinstance(source, Path):
             shutil.copyfile(source, part / name)
         else:
-            PILImage.fromarray(np.asarray(opened(source, example.told))).save(part / name)
+            opened(source, example.told).save(part / name)
         return name
 
     return take
