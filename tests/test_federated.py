@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -345,6 +346,46 @@ def test_weights_that_end_task_changes_are_not_lost_in_silence(
         last(go(tmp_path / "lora", rounds=1)),
     )
     assert not torch.equal(halved["lora"]["projector.weight"], whole["lora"]["projector.weight"])
+
+
+ENDINGS: dict[str, tuple[Callable[[Message], bytes], str]] = {
+    "nothing": (lambda m: changed(m, lambda t: t, state=None), "cannot be read|another kind"),
+    "nan": (lambda m: changed(m, lambda t: t * float("nan")), "is not finite"),
+    "shape": (lambda m: changed(m, lambda t: t[:1].clone()), "does not go with the others"),
+    "other kind": (lambda m: Message({**m.head, "state": {"$list": []}}, m.tensors).to_bytes(), "cannot be read"),
+    "fields": (lambda m: Message({**m.head, "state": {"$dict": []}}, {}).to_bytes(), "another kind|cannot be read"),
+    "path": (lambda m: Message({**m.head, "state": {"$path": "/etc/passwd"}}, {}).to_bytes(), "examples or paths"),
+    "mix": (lambda m: changed(m, lambda t: t, mix={"weights": {"lora": 2.0}}), "different mixes"),
+}  # fmt: skip
+
+
+def only(kind: str, how: Callable[[Message], bytes]) -> Tamper:
+    """What client-00 answers to one kind of message, changed."""
+
+    def tamper(client: str, data: bytes, work: Callable[[], bytes]) -> bytes | str:
+        if client != "client-00" or Message.from_bytes(data, "server").head["kind"] != kind:
+            return work()
+        return how(Message.from_bytes(work(), client))
+
+    return tamper
+
+
+@pytest.mark.parametrize("fault", ENDINGS)
+def test_a_stage_ends_without_whose_state_is_wrong(fault: str, tmp_path: Path) -> None:
+    how, why = ENDINGS[fault]
+    method = ["lora", {"ewc": {"n_samples": 4}}]
+    store = go(tmp_path / "run", method, per_round=3, rounds=1, tamper=only("close", how))
+    left = events(store, "client_left_out")
+    assert store.done and {e["client"] for e in left} == {"client-00"} and len(left) == len(stream())
+    assert all(re.search(why, e["why"]) and e["round"] == "close" for e in left), left[0]["why"]
+
+
+@pytest.mark.parametrize("how", [lambda t: t[:1].clone(), lambda t: t * float("inf"), lambda t: t[None]])
+def test_a_token_that_is_none_is_left_out(how: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    spoilt = only("token", lambda m: changed(m, how))
+    store = go(tmp_path / "run", METHODS["disco"], per_round=3, tamper=spoilt)
+    assert store.done and all("its token is not" in e["why"] for e in events(store, "client_left_out"))
+    assert all(set(e["clients"]) == {"client-01", "client-02"} for e in events(store, "round"))
 
 
 def test_no_example_leaves_a_client(tmp_path: Path) -> None:

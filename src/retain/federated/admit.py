@@ -9,6 +9,7 @@ What is refused is named with its reason; the round goes on without it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,36 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from retain.adapters.bank import Mix
 from retain.federated.message import Message, Spooled, words
+from retain.method import Method
 from retain.methods.disco import Token
+from retain.run.sound import broken, wrong_kinds
+from retain.run.states import unpacked
 from retain.types import RetainError
 
 COUNTED = ("steps", "samples", "tokens", "peak_memory_bytes", "trainable_parameters")
+
+
+UNREADABLE = (
+    RetainError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    IndexError,
+    AssertionError,
+)
+"""What a state of a stranger's making may raise where it is read or joined."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A client's method after the end of a stage, without what stays, and the mix that it leaves on."""
+
+    state: Mapping[str, Any]
+    mix: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,8 +85,10 @@ class Expected:
             return None, "it does not say what its fit took"
         return head, ""
 
-    def token(self, client: str, reply: bytes | str, n: int) -> tuple[Token | None, str]:
-        """An identity token, or None and why."""
+    def token(
+        self, client: str, reply: bytes | str, n: int, widths: tuple[int, int]
+    ) -> tuple[Token | None, str]:
+        """An identity token, or None and why. `widths`: of the image's and the text's features."""
         head, why = self.words(client, reply)
         if head is None or not isinstance(reply, bytes):
             return None, why
@@ -69,11 +97,61 @@ class Expected:
         except RetainError as error:
             return None, str(error)
         image, text = found.get("image"), found.get("text")
-        if image is None or text is None or image.ndim != 1 or text.ndim != 1:
-            return None, "its token is not two vectors"
+        if (
+            image is None
+            or text is None
+            or (tuple(image.shape), tuple(text.shape)) != tuple((w,) for w in widths)
+        ):
+            return None, f"its token is not two vectors of {widths[0]} and {widths[1]} numbers"
         if not (image.isfinite().all() and text.isfinite().all()):
             return None, "its token is not finite"
         return Token(image.float(), text.float(), n), ""
+
+    def ending(self, client: str, reply: bytes | str, method: Method) -> tuple[Ending | None, str]:
+        """What a method learned at a stage's end, or None and why: of its own kinds, finite, and no example or path."""
+        head, why = self.words(client, reply)
+        if head is None or not isinstance(reply, bytes):
+            return None, why
+        try:
+            if any(f'"${kind}":' in json.dumps(head["state"]) for kind in ("example", "path")):
+                return None, "its state holds examples or paths, which may not leave a client"
+            told = unpacked(
+                head["state"], Message.from_bytes(reply, f"client {client!r}").part("s"), "its state"
+            )
+            if wrong := wrong_kinds(method, method.whole(told, {})):
+                return None, f"its state is of another kind: {wrong}"
+            if bad := broken(told):
+                return None, f"{bad[0]} of its state is not finite"
+            return Ending(told, Mix.from_json(head["mix"]).to_json()), ""
+        except UNREADABLE as error:
+            return None, f"its state cannot be read ({type(error).__name__}: {error})"
+
+
+def unlike(endings: Mapping[str, Ending], weights: Mapping[str, float], method: Method) -> dict[str, str]:
+    """The clients whose states do not join with those of most others, or that end with another mix, and why.
+
+    RetainError where no more than half of them go together: then nobody can say which are wrong.
+    """
+    names = list(endings)
+
+    def joins(some: Sequence[str]) -> str:
+        if len({json.dumps(endings[c].mix, sort_keys=True) for c in some}) > 1:
+            return "they end the stage with different mixes"
+        try:
+            method.joined([endings[c].state for c in some], [weights[c] for c in some])
+        except UNREADABLE as error:
+            return str(error)
+        return ""
+
+    if not names or not joins(names):
+        return {}
+    groups = [[b for b in names if b == a or not joins([a, b])] for a in names]
+    most = max(groups, key=len)
+    if 2 * len(most) <= len(names):
+        raise RetainError(f"the clients' states at the stage's end do not go together: {joins(names)}")
+    return {
+        c: f"its state does not go with the others' ({joins([most[0], c])})" for c in names if c not in most
+    }
 
 
 def admitted(

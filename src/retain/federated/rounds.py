@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from torch import Generator, Tensor
 
 from retain.adapters.bank import Mix
-from retain.federated.admit import Expected, admitted, outliers
+from retain.federated.admit import Ending, Expected, admitted, outliers, unlike
 from retain.federated.message import Message
 from retain.federated.places import seats
 from retain.federated.server import ClientInfo, Crowd, Server, ServerState, Update, adapters_of, own
@@ -146,6 +146,7 @@ class StageRun:
     transport: Transport
     checkpoints: Checkpoints | None
     stats: RoundStats = field(default_factory=RoundStats)
+    widths: tuple[int, int] | None = None
     tokens: dict[str, Token] = field(default_factory=dict)  # by client and unit
     made: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # this stage's adapters, as they began
     met: dict[str, list[str]] = field(
@@ -226,35 +227,26 @@ class StageRun:
         calls = {
             c: partial(self._call, "close", c, units, CLOSE, state, names) for c, units in self.met.items()
         }
-        states, weights, mixes = list[Mapping[str, Any]](), list[float](), list[Any]()
+        expected, found = self._expected(CLOSE, "close"), dict[str, Ending]()
         for client, reply in self._ask(calls):
-            expected = self._expected(CLOSE, "close")
-            head, why = expected.words(client, reply)
-            if head is None:
+            ending, why = expected.ending(client, reply, self.half)
+            if ending is None:
                 self._refused(CLOSE, client, why)
-                continue
-            assert isinstance(reply, bytes)
-            try:
-                message = Message.from_bytes(reply, f"client {client!r}")
-                told = unpacked(head.get("state"), message.part("s"), f"client {client!r}")
-                if bad := broken(told):
-                    raise RetainError(f"client {client!r}: {bad[0]} of its state is not finite")
-                mixes.append(Mix.from_json(head["mix"]).to_json())
-            except (RetainError, KeyError, TypeError, ValueError, AssertionError) as error:
-                self._refused(CLOSE, client, str(error))
-                continue
-            states.append(told)
-            weights.append(float(sum(self._n(client, u) for u in self.met[client])))
-        if not states:
+            else:
+                found[client] = ending
+        weights = {c: float(sum(self._n(c, u) for u in self.met[c])) for c in found}
+        for client, why in unlike(found, weights, self.half).items():
+            self._refused(CLOSE, client, why)
+            del found[client]
+        if not found:
             raise RetainError(
                 f"stage {self.ctx.task.name!r}: no client answered at its end ({self.last}); start the run again to go on"
             )
         self._own()
         fed.server.deploy(state, self.ctx, self.method)
-        self.half.load_state_dict(self.half.whole(self.half.joined(states, weights), {}))
-        if any(m != mixes[0] for m in mixes[1:]):
-            raise RetainError(f"stage {self.ctx.task.name!r}: the clients end it with different mixes")
-        bank.mix = Mix.from_json(mixes[0])
+        joined = self.half.joined([e.state for e in found.values()], [weights[c] for c in found])
+        self.half.load_state_dict(self.half.whole(joined, {}))
+        bank.mix = Mix.from_json(next(iter(found.values())).mix)
 
     # -- a round ---------------------------------------------------------------------------------------------
 
@@ -310,7 +302,9 @@ class StageRun:
         units = {c: u for c, u in selected if asks and f"{c}/{u}" not in self.tokens}
         calls = {c: partial(self._call, "token", c, [u], r, state, []) for c, u in units.items()}
         for client, reply in self._ask(calls):
-            token, why = self._expected(r, "token").token(client, reply, self._n(client, units[client]))
+            token, why = self._expected(r, "token").token(
+                client, reply, self._n(client, units[client]), self._widths()
+            )
             if token is None:
                 self._refused(r, client, why)
             else:
@@ -416,6 +410,13 @@ class StageRun:
 
     def _expected(self, r: int, kind: str) -> Expected:
         return Expected(self.fed.recipe, self.model.fingerprint(), kind, self.ctx.task.name, r)
+
+    def _widths(self) -> tuple[int, int]:
+        """Of the features that tokens are means of, by the server's own model."""
+        if self.widths is None:
+            guide = self.model.guide(self.model.collate([self.ctx.task.test[0]], answers=False))
+            self.widths = guide.image_BF.shape[1], guide.text_BD.shape[1]
+        return self.widths
 
     def _n(self, client: str, unit: str) -> int:
         return self.fed.split.counts(unit)[client]
