@@ -194,6 +194,20 @@ def test_while_it_imports(seconds: float, number: int) -> None:
     assert "starts again from the beginning" in ended.in_one_sentence(number)
 
 
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_nothing_is_thrown_into_a_module_that_is_imported(number: int, tmp_path: Path) -> None:
+    """A module may call C++ while it is imported (torch does), and what is raised there aborts the process."""
+    (tmp_path / "slow.py").write_text(
+        "import os, time\n"
+        f"open({str(tmp_path / 'here')!r}, 'w').close()\n"
+        "try:\n    time.sleep(100)\n"
+        "except BaseException:\n    os.abort()  # as pybind11 does\n"
+    )
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + START + "import slow"
+    ended = told(["methods"], [number], (tmp_path / "here").exists, 0.0, ("-c", code))
+    assert "starts again from the beginning" in ended.in_one_sentence(number)
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shop")

@@ -175,7 +175,18 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if _now.patience.listening and number != signal.SIGINT:
         _now.patience.asked = True
         return
+    if _now.whole and _importing(frame):
+        _end_at_once()
     raise Told
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: torch's own may be in C++, where an exception of ours aborts the process."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _end_at_once() -> NoReturn:
@@ -191,6 +202,8 @@ def _remind(number: int, frame: FrameType | None) -> None:
             return
         error = error.__context__
     if _now.number and not _now.over and not _now.patience.asked:
+        if _importing(frame):
+            _end_at_once()
         raise Told
 
 
