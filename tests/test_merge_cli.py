@@ -163,11 +163,16 @@ def test_ctrl_c_inside_compiled_code_is_ctrl_c(
             signal.raise_signal(signal.SIGINT)
         raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
 
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("retain.merge.folders.save_file", reads)
-    done = call("merge", *adapters, "--to", tmp_path / "out")
-    assert done.exit_code == 130 and "starts again from the beginning" in done.output
-    assert signal.getsignal(signal.SIGINT) is before and not list(tmp_path.glob("*out*"))
+    here = signal.signal(
+        signal.SIGINT, before := signal.default_int_handler
+    )  # a shell's background job ignores it
+    try:
+        monkeypatch.setattr("retain.merge.folders.save_file", reads)
+        done = call("merge", *adapters, "--to", tmp_path / "out")
+        assert done.exit_code == 130 and "starts again from the beginning" in done.output
+        assert signal.getsignal(signal.SIGINT) is before and not list(tmp_path.glob("*out*"))
+    finally:
+        signal.signal(signal.SIGINT, here)
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])
