@@ -388,6 +388,18 @@ def test_a_token_that_is_none_is_left_out(how: Callable[[Tensor], Tensor], tmp_p
     assert all(set(e["clients"]) == {"client-01", "client-02"} for e in events(store, "round"))
 
 
+def test_a_new_subspace_whose_client_drops_out_is_made_again(tmp_path: Path) -> None:
+    """tau = 2: a subspace for every client. One is lost in the first round, and the next round has a new one."""
+
+    def lost(client: str, data: bytes, work: Callable[[], bytes]) -> bytes | str:
+        head = Message.from_bytes(data, "server").head
+        return "lost" if client == "client-00" and (head["kind"], head["round"]) == ("train", 0) else work()
+
+    store = go(tmp_path / "run", {"disco": {"tau": 2.0}}, per_round=3, tamper=lost)
+    assert store.done and len(events(store, "client_left_out")) == len(stream())
+    assert all("client-00" in e["clients"] for e in events(store, "round") if e["round"] == 2)
+
+
 def test_no_example_leaves_a_client(tmp_path: Path) -> None:
     """A replay buffer is in the client's folder, and neither in a message nor in a row."""
     sent: list[bytes] = []

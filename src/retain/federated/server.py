@@ -153,8 +153,8 @@ class Server:
         return {k: t for k, t in state.weights.items() if k.split("/", 1)[0] in names}
 
     def aggregate(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
-        """The state after a round's answers; there is at least one."""
-        raise NotImplementedError
+        """The state after a round's answers; there is at least one. Every server has its own (`register`)."""
+        raise RetainError(f"server {self.name!r} has no rule: define aggregate")
 
     def deploy(self, state: ServerState, ctx: Context, method: Method) -> None:
         """The weights into the bank; a server that routes also tells the method how."""
@@ -211,6 +211,8 @@ S = TypeVar("S", bound=type[Server])
 
 def register(cls: S) -> S:
     """Class decorator: the server can be named in recipes (`federated.server`)."""
+    if cls.aggregate is Server.aggregate:
+        raise RetainError(f"server {cls.name!r} has no rule: define aggregate(state, updates)")
     taken = SERVERS.get(cls.name)
     if taken is not None and taken.__qualname__ != cls.__qualname__:
         raise RetainError(f"a server named {cls.name!r} is registered already")

@@ -89,7 +89,10 @@ class DiscoServer(Server):
         asked = {info.client: _known(info) for info in infos}
         _, slots = organise(cache, list(asked.values()), tau, image_weight)
         while len(names) <= max(slots):
-            names.append(name := f"{len(names) + 1:02d}-{slug(ctx.task.name)}")
+            number = len(names) + 1
+            while (name := f"{number:02d}-{slug(ctx.task.name)}") in bank.names:
+                number += 1  # that of a client which never answered is still there
+            names.append(name)
             bank.add(name, ctx.rng("disco" if not memory["new"] else f"disco-{memory['new']}"))
             memory["new"] += 1
             fresh = {f"{name}/{k}": t.float().cpu() for k, t in bank.state(name).items()}
