@@ -31,8 +31,7 @@ from retain.federated.spec import FederatedSpec
 from retain.method import Context, Method
 from retain.models.base import Model
 from retain.run.engine import Engine
-from retain.run.train import Checkpoints, FitStats, Optim, Tuned
-from retain.signals import Stop
+from retain.run.train import Optim
 from retain.stream import Stream
 from retain.types import RetainError
 
@@ -342,25 +341,13 @@ class Deployed(Federation):
     door: Door | None = None
     folder: Path = Path()
 
-    def fit(
-        self,
-        model: Model,
-        method: Method,
-        ctx: Context,
-        optim: Optim,
-        engine: Engine | None = None,
-        checkpoints: Checkpoints | None = None,
-        on_step: Callable[[int, float], None] = lambda step, loss: None,
-        tuned: Tuned | None = None,
-        stop: Stop | None = None,
-    ) -> FitStats:
-        """As `Federation.fit`, with the door's refusals among the run's events."""
+    def begun(self, ctx: Context) -> None:
+        """The roster is saved, and the door's refusals are among the run's events."""
         assert self.door is not None and self.door.roster is not None
         if Roster.load(self.folder) is None:
             self.door.roster.save(self.folder)
         self.door.logged(ctx.log)
         ctx.log = partial(self._told, ctx.log)
-        return super().fit(model, method, ctx, optim, engine, checkpoints, on_step, tuned, stop)
 
     def _told(self, log: Log, **event: Any) -> None:
         """An event of a round, and a line of it for who waits."""

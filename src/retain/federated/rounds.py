@@ -106,6 +106,9 @@ class Federation:
             )
         self.server.check(method)
 
+    def begun(self, ctx: Context) -> None:
+        """A stage begins: for a deployment, which has a roster to keep."""
+
     def setting(self) -> dict[str, Any]:
         """What decides the numbers, for setting.json."""
         return {"server": {self.server.name: asdict(self.server)}, "split": self.split.digest()}  # type: ignore[call-overload]
@@ -127,6 +130,7 @@ class Federation:
         A whole round is saved, and nothing within one: `optim.checkpoint_every`, `tuned` and `stop` do not act here.
         """
         engine = engine or Engine()
+        self.begun(ctx)
         half = self.server.client(method)
         stage = StageRun(
             self, model, method, half, ctx, self.connect(model, half, optim, engine), checkpoints
